@@ -1,4 +1,4 @@
-# make train, docs, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, native, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, docs, test, test-slow, test-exhaustive, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, native, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.data.tokenizer=tokenizer.json"
 #   make train EXTRA=gpu          # or tpu; "gpu hf" also reads and trains tokenizers
 PYTHON ?= python3
@@ -15,7 +15,7 @@ INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --c
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))' 2>/dev/null)
 PARALLEL := --numprocesses=$(PROCESSES) --dist=loadfile
 
-.PHONY: train docs test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu native lint clean
+.PHONY: train docs test test-slow test-exhaustive test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu native lint clean
 
 train: .venv/.train $(EXTRA:%=.venv/.%)
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
@@ -25,7 +25,11 @@ test: .venv/.test
 
 # Several processes that train as one, runs that are broken on purpose, the benches, and what else takes long.
 test-slow: .venv/.test
-	$(VENV_PYTHON) -m pytest $(PARALLEL) -m slow $(ARGS)
+	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'slow and not exhaustive' $(ARGS)
+
+# A quarter of an hour: the longest of these, and more cases of others.
+test-exhaustive: .venv/.test
+	$(VENV_PYTHON) -m pytest $(PARALLEL) -m exhaustive $(ARGS)
 
 # Compiles for TPUs, and for H100s, that are not here. The second installs several GB.
 test-aot: .venv/.test .venv/.tpu

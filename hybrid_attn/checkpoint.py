@@ -34,6 +34,7 @@ Directory = str | os.PathLike
 MIB = 2**20
 PARAMS = "params"  # the group of the parameters in the state
 INIT_FROM, IS_BASE = "init_from", "is_base"  # in the data state: a record of the first parameters, and whether they are a base
+CHAT_TEMPLATE = "chat_template"  # in the data state and that record: the text of the template that wrote conversations
 GLOB = r"*?[" + "\\"  # Orbax reads a directory name with one of these as a pattern
 _STEPS = ocp.path.step.standard_name_format()
 
@@ -189,6 +190,14 @@ def read_config(directory: Directory, step: int | None = None) -> dict:
 def read_data(directory: Directory, step: int | None = None) -> dict:
     """The data state."""
     return stored.read_item(_path(directory, step), "data")
+
+
+def chat_template(data: Mapping) -> str | None:
+    """The text of the template that wrote the conversations of a run, or of the run that it started from, by its data state."""
+    sources = (x for x in (data, data.get(INIT_FROM)) if isinstance(x, Mapping))
+    text = next((x[CHAT_TEMPLATE] for x in sources if CHAT_TEMPLATE in x), None)
+    check(isinstance(text, str | None), f"{CHAT_TEMPLATE}={str(text)[:50]} of a data state must be text")
+    return text
 
 
 def extras(directory: Directory, step: int | None = None) -> set[str]:

@@ -19,6 +19,7 @@ from hybrid_attn.config_model import (
     MLP,
     Adapter,
     LayerType,
+    LowRank,
     Model,
     RopeScaling,
     Temperature,
@@ -65,8 +66,10 @@ OF_STAGES = (
     "train.overlap",
 )  # fmt: skip
 NO_ADAPTER: Adapter = trees.build(Adapter, base.adapter(), "adapter")
+DENSE: LowRank = trees.build(LowRank, base.low_rank(), "low_rank")
 OF_INITIAL_VALUES = (  # of all stages
     "model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth",
+    "model.low_rank.init",
 )  # fmt: skip
 
 
@@ -308,14 +311,14 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
 
 
 def _check_adapter(c: Config) -> None:
-    """ValueError for keys that do not go with an adapter."""
-    type, half_life = f"model.adapter.type={c.model.adapter.type!r}", c.optim.ema_half_life
+    """ValueError for keys that do not go with an adapter, or with factors of low rank."""
+    adapter, fraction, half_life = c.model.adapter.type, c.model.low_rank.rank_fraction, c.optim.ema_half_life
+    key = f"model.low_rank.rank_fraction={fraction}" if adapter is None else f"model.adapter.type={adapter!r}"
+    averages = f"optim.ema_half_life={half_life} averages all parameters, and with {key} most are fixed; leave it at None"
+    check(adapter is None or half_life is None, averages)
     chunk = next((stage.train.mlp_chunk for stage in c.each_stage if stage.train.mlp_chunk is not None), None)
-    if c.model.adapter.type is not None:
-        averages = f"optim.ema_half_life={half_life} averages all parameters, and with {type} most are fixed; leave it at None"
-        check(half_life is None, averages)
-        chunked = f"train.mlp_chunk={chunk} and {type}: a feed-forward with an adapter takes all tokens at once"
-        check(chunk is None, f"{chunked}; leave train.mlp_chunk at None")
+    chunked = f"train.mlp_chunk={chunk} and {key}: a feed-forward with an adapter or with factors takes all tokens at once"
+    check(chunk is None or adapter is fraction is None, f"{chunked}; leave train.mlp_chunk at None")
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:

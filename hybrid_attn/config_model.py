@@ -136,6 +136,19 @@ class Adapter:
 
 
 @dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Matrices that are products of two factors; `targets` are patterns."""
+
+    rank_fraction: float | None = within(0, 1, above=True)
+    targets: tuple[str, ...]
+    init: str = one_of("spectral", "spectral_ones", "he")
+
+    def __post_init__(self):
+        check_fields(self, "low_rank")
+        check(bool(self.targets), "low_rank.targets is empty; name the matrices that are factorised, such as '*/attention/q'")
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     vocab_size: int = within(1, 2**24)
     prefix: str
@@ -161,6 +174,7 @@ class Model:
     mup_base_depth: int | None = within(1, MOST_LAYERS)
     depth_init: bool
     adapter: Adapter
+    low_rank: LowRank
     kinds: Table[str, LayerType]
 
     def __post_init__(self):
@@ -191,6 +205,7 @@ class Model:
             "set model.tie_embeddings=False",
         )
         self._check_depth()
+        self._check_low_rank()
 
     def _check_depth(self) -> None:
         by_depth = {"mup_base_depth": self.mup_base_depth, "depth_init": self.depth_init}
@@ -201,6 +216,14 @@ class Model:
             f"model.block={self.block!r} undoes that; use the block 'pre' or 'parallel'",
         )
         check(len(names) < 2, f"{' and '.join(names)} both make branches smaller by depth; use one of them")
+
+    def _check_low_rank(self) -> None:
+        fraction, init, adapter = self.low_rank.rank_fraction, self.low_rank.init, self.adapter.type
+        if fraction is not None:
+            problem = f"model.adapter.type={adapter!r} stands beside matrices, and model.low_rank.rank_fraction={fraction} "
+            check(adapter is None, f"{problem}has factors instead; use one of them")
+            unread = f"model.depth_init=True makes initial values smaller, and model.low_rank.init={init!r} does not read them"
+            check(not self.depth_init or init == "spectral", f"{unread}; use init='spectral'")
 
     def _check_rotation(self, letter: str) -> None:
         layer_type = self.kinds[letter]

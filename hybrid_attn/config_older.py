@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping
 from hybrid_attn import trees
 from hybrid_attn.configs import base
 
-# Keys that older configs lack: of the model, of the optimiser, of a stage, of a layer type, of its feed-forward.
-NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std", "adapter"
+# Keys that older configs lack: of the model, of the optimiser, of `train`, of a stage, of a layer type, of its feed-forward.
+NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std", "adapter", "low_rank"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens", "rollback_steps",
+    "low_rank_decay",
 )  # fmt: skip
+NEW_TRAIN = "overlap", "statistics_every", "sinks", "unroll", "moe_kernel", "rank_statistics"
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
     "average_over", "preference", "turn_patience", "turn_indicator",
@@ -29,7 +31,7 @@ def completed(values: Mapping) -> dict:
     _add([model], defaults["model"], *NEW_MODEL)
     _add([values.get("mesh")], defaults["mesh"], "expert")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add([values.get("train")], defaults["train"], "overlap", "statistics_every", "sinks", "unroll", "moe_kernel")
+    _add([values.get("train")], defaults["train"], *NEW_TRAIN)
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")

@@ -144,6 +144,7 @@ class Optim:
     momentum: float = within(0, 1, below=True)
     moment_dtype: str = one_of("float32", "bfloat16")
     weight_decay: float = within(0, 100)
+    low_rank_decay: str = one_of("frobenius", "l2")
     independent_decay: bool
     clip_norm: float = within(0, 10**12, above=True, aliases=("grad_clip", "max_grad_norm", "gradient_clipping"))
     schedule: str = one_of(*SHAPES)
@@ -187,6 +188,7 @@ class Train:
     unroll: int = within(1, 2**31 - 1)
     overlap: bool
     statistics_every: int | None = within(1, MOST_STEPS)
+    rank_statistics: bool
     sinks: tuple[str, ...]  # checked by the trainer, which knows the sinks
     log_every: int = within(1, MOST_STEPS, aliases=("log_interval", "logging_steps"))
     checkpoint_every: int = within(1, MOST_STEPS, aliases=("save_every", "save_interval", "save_steps"))
@@ -194,6 +196,8 @@ class Train:
 
     def __post_init__(self):
         check_fields(self, "train")
+        measured = self.statistics_every is not None or not self.rank_statistics
+        check(measured, "train.rank_statistics=True measures nothing with train.statistics_every=None; use a number of steps")
         check_once("train.sinks", self.sinks)
 
 

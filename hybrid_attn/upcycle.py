@@ -76,7 +76,9 @@ METHODS: dict[str, Callable[[int, int], Recipe]] = {"sparse": sparse, "btx": btx
 
 
 def check_dense(model: Model, name: str) -> None:
-    """ValueError where a layer type has experts already."""
+    """ValueError where a layer type has experts already, or matrices are factorised."""
+    problem = f"{name}: model.low_rank.rank_fraction={model.low_rank.rank_fraction}"
+    check(model.low_rank.rank_fraction is None, f"{problem}, and only matrices become those of a mixture; export and import it")
     for letter in sorted(set(model.layers)):
         layer_type = model.kinds[letter]
         is_dense = layer_type.mlp.type == "gated" and layer_type.mixer == "attention"

@@ -43,6 +43,8 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             {"eval": "key_tokens", "source": "a b/c", "length": length, "short": length // 2, "key_tokens": 0, "tokens": 99}
             | {"loss": None, "perplexity": None}
         )
+        language = {"eval": "languages", "source": "a b/c", "length": length, "tokens": 99, "by_row": [share] * 12}
+        records.append(language | {"loss": 2.5, "bits_per_byte": 3.5, "accuracy": share})
         shares = {"L": [0.5, 0.25, 0.25 - share / 8, share / 8], "G": [1 - share / 4, share / 4]}
         for layer, kind in enumerate("LG"):
             routed = {"layer": layer, "kind": kind, "length": length, "tokens": 99, "entropy_bits": 1.5}
@@ -51,6 +53,11 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
         pairs = {"eval": "preferences", "source": "a b/c", "length": length, "pairs": 7, "tokens": 99, "accuracy": share}
         pairs |= {"chosen": -9.0, "rejected": -9.5, "margin": 0.5, "mass": 0.9}
         records.append(pairs | {"entropy_bits": 2.0, "renormalised_entropy_bits": 2.1})
+        judged = {"eval": "win_rate", "source": "a b/c", "length": length, "prompts": 12}
+        judged |= {"prompts_hash": "a" * 64, "judge": "b" * 64}
+        judged |= {"log_prob": -2.0 - share, "tokens": 3.0, "distinct": [0.5] * 4 + [None], "ead": [0.6] * 4 + [None]}
+        judged |= {"answers": [NASTY] * 12, "prompt_ends": [NASTY] * 12}
+        records.append(judged | {"log_probs": [-2.0 - share - i / 100 for i in range(12)]})
     for layer, kind in enumerate("LG"):
         for head in range(3):
             weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}

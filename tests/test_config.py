@@ -100,17 +100,8 @@ KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
 OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule", "name"}
 OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens", "statistics_every", "mup_base_width", "mup_base_depth"}
-OPTIONAL |= {
-    "preference",
-    "turn_patience",
-    "turn_indicator",
-    "unembed_init_std",
-    "bias_rate",
-    "shared_d_ff",
-    "share_kv",
-    "domain_dim",
-    "swiglu_limit",
-}
+OPTIONAL |= {"preference", "unembed_init_std", "bias_rate", "shared_d_ff", "share_kv", "domain_dim", "swiglu_limit"}
+OPTIONAL |= {"rank_fraction", "turn_patience", "turn_indicator"}
 
 
 def is_optional(path):

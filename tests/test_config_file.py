@@ -44,7 +44,7 @@ def test_every_key_can_be_set_on_the_command_line_and_optional_keys_can_be_none(
     assert at(overridden(flag_of(path), str(value)), path) == (list(value) if isinstance(value, tuple) else value)
     if is_optional(path):
         name, texts = path.rpartition(".")[2], {"task": "None", "store": "gs://a/b", "label": "news", "turn_indicator": "mass"}
-        text = (texts | dict.fromkeys(("ema_half_life", "bias_rate"), "0.5")).get(name, "7")
+        text = (texts | dict.fromkeys(("ema_half_life", "bias_rate", "rank_fraction"), "0.5")).get(name, "7")
         with_others = "step", "unembed_init_std", "rollback_steps", "lr_schedule", "preference", "shared_d_ff", "share_kv"
         alone = (
             name not in with_others and not path.endswith("tokens") and (not path.endswith("chunk") or "kinds.L" not in path)

@@ -83,8 +83,9 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
     assert flops.parameters(c.model) == flops.parameters(default.model)
 
 
-# The others have sizes; extend and adapt need a checkpoint.
-ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": [], "adapt": [], "moe": ["small", "30b"]}
+# The others have sizes; extend and adapt need a checkpoint, and end_to_end (tests/test_end_to_end.py) needs stores.
+ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "moe": ["small", "30b"]}
+ARGUMENTS |= dict.fromkeys(("extend", "adapt", "end_to_end"), [])
 ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
 ARGUMENTS |= {
     "dense": ["tiny,seed", "2b,tables"],
@@ -180,8 +181,14 @@ def shrunk(name, texts):
     return values
 
 
-@pytest.mark.slow  # each compiles a step
-@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.endswith(BETWEEN)])
+def marks_of(name):
+    """Configs whose layers or numbers alone differ from those of another are left to `make test-exhaustive`."""
+    is_alike = "paper/" in name or "recall.py:" in name or (name.endswith(":small") and "moe" not in name)
+    is_left = is_alike and name not in ("configs/paper/rnope_swa.py:8b", "configs/recall.py:rnope_swa")
+    return [pytest.mark.slow] + [pytest.mark.exhaustive] * is_left  # each compiles a step
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=marks_of(x)) for x in SHIPPED if not x.endswith(BETWEEN)])
 def test_shrunken_forms_of_the_shipped_configs_train(name, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
     c = config.build(shrunk(name, texts))

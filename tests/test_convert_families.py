@@ -12,7 +12,7 @@ from converted import GOLDEN, HYBRID, read, with_layer_type, write
 
 from hybrid_attn import config
 from hybrid_attn.convert import families, hf
-from hybrid_attn.evals import provenance
+from hybrid_attn.infer import loading
 from hybrid_attn.model import apply, logits
 
 
@@ -92,7 +92,7 @@ def test_a_config_file_whose_length_is_not_a_number_is_named(tmp_path, length):
     path.parent.mkdir()
     path.write_text(json.dumps({"max_position_embeddings": length}))
     message = re.escape(f"config.json has max_position_embeddings={length!r}; make it a number of tokens, from 2 to")
-    for call in (lambda: hf.describe(HYBRID, path.parent, 64), lambda: provenance.trained_length(None, tmp_path, 0)):
+    for call in (lambda: hf.describe(HYBRID, path.parent, 64), lambda: loading.trained_length(None, tmp_path, 0)):
         with pytest.raises(ValueError, match=message):
             call()
 

@@ -1,6 +1,7 @@
 """Sources are files or stores, selected by label and length, and an error names its source."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from configs import base
 from hybrid_attn import config
 from hybrid_attn.data import corpora, documents, prepare
+from hybrid_attn.data.conversations import Chat
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
 
@@ -102,3 +104,22 @@ def test_a_mixture_that_names_an_unknown_source_is_refused(folder):
     for read in (corpora.locations, lambda *arguments: corpora.load(*arguments, BYTES)):
         with pytest.raises(ValueError, match="names nowhere, which is not in its data.sources"):
             read(data, ["text", "nowhere"])
+
+
+def test_the_chat_template_of_a_step_is_that_of_the_newest_stage_with_conversations(tmp_path):
+    talks = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "x" * (i + 1)}] for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in talks))
+    for name in ("old", "new"):
+        template = f"{name}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+        of_chat = Chat("chat", template, ("user", "assistant"))
+        options = prepare.Options("bytes", Fields("text", None), "jsonl", "none", False, "stop", None, chat=of_chat)
+        prepare.prepare([str(tmp_path / "chats.jsonl")], str(tmp_path / name), options, 1, lambda _: None)
+    c = base.get_config()
+    c.data.holdout = 0.3
+    stores = {name: base.source(store=str(tmp_path / name)) for name in ("old", "new")}
+    c.data.sources = {"text": base.source(task="recall", pairs=4), **stores}
+    mixtures = {"text": 1.0}, {"old": 0.7, "new": 0.3}, {"new": 1.0}, {"text": 1.0}
+    c.stages = [base.stage(steps=2, seq_len=64, mixture=mixture) for mixture in mixtures]
+    built = config.build(c)
+    loaded = corpora.load(built.data, built.sources, BYTES)
+    assert [(corpora.chat_template(built, loaded, step) or "")[:3] for step in range(9)] == [""] * 3 + ["old"] * 2 + ["new"] * 4

@@ -71,6 +71,11 @@ def check_script(words: list[str]) -> None:
     check_training(words[words.index("--") + 1 :])
 
 
+def check_end_to_end(words: list[str]) -> None:
+    size, folder, *flags = words
+    check_training([f"--config=configs/end_to_end.py:{size}", f"--workdir={folder}", *flags])
+
+
 def check_sbatch(words: list[str]) -> None:
     script = words.index("launch/slurm.sbatch")
     assert all(word.startswith("--") for word in words[:script])
@@ -103,6 +108,7 @@ CHECKS = {
     "sbatch": check_sbatch,
     "launch/local_processes.sh": check_script,
     "launch/tpu_pod.sh": check_script,
+    "launch/end_to_end.sh": check_end_to_end,
 }
 CHECKS |= {
     name: functools.partial(check_console_script, target.partition(":")[0]) for name, target in PROJECT["scripts"].items()

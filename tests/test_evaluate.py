@@ -216,7 +216,7 @@ def test_the_trained_length_of_an_imported_model_is_that_of_its_own_config(evalu
         path.write_bytes(content)
         said, code = refused(evaluate, capsys, *arguments)
         assert code == 2 and "companions/config.json" in said
-    assert provenance.trained_length(c, tmp_path / "model", 5)[0] == 48  # trained on, by us
+    assert evaluate.loading.trained_length(c, tmp_path / "model", 5)[0] == 48  # trained on, by us
 
 
 def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are_asked_up_to_it(evaluate):

@@ -74,6 +74,9 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(evaluat
     assert refused(evaluate, capsys, *models, "--suite=recall", f"--out={tmp_path}") == ("error: two is broken", 2)
 
 
+JUDGED = ["--suite=win_rate", "--judge=three"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -108,7 +111,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(evaluat
         (["--suite=position", "--text=x"], "--text is of --suite=needle or ruler, and this is --suite=position"),
         (
             ["--suite=recall", "--heldout=a=x.txt"],
-            "--heldout is of --suite=position or attention_mass or key_tokens or routing or preferences, and this is",
+            "--heldout is of --suite=position or attention_mass or key_tokens or languages or routing or preferences, and",
         ),
         (["--heldout=a=blank.txt", *TRUSTED], "--heldout replaces them; leave one out"),
         (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
@@ -130,6 +133,15 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(evaluat
         (["--mesh=context=0"], "context=0"),
         (["--suite=routing"], "12, 48, 96; routing of experts: no layer of the model has any"),
         (["--suite=preferences"], "12, 48, 96; preferences of pairs: the model's sources hold none out"),
+        (["--suite=win_rate"], "--suite=win_rate has answers judged; give --prompts=FILE, and --judge=CHECKPOINT, the judge"),
+        (["--suite=full", "--prompts=p.jsonl"], "--suite=full has answers judged; give --prompts=FILE, and --judge=CHECKPOINT"),
+        (["--suite=position", "--judge=x"], "--judge is of --suite=win_rate, and this is --suite=position"),
+        (["--suite=position", "--temperature=1"], "--temperature is of --suite=win_rate, and this is --suite=position"),
+        ([*JUDGED, "--prompts=none.jsonl"], "none.jsonl: No such file or directory"),
+        ([*JUDGED, "--prompts=bad.jsonl"], "bad.jsonl:2: the field 'messages' has no message"),
+        ([*JUDGED, "--prompts=p.jsonl", "--judge=none"], "none is no directory; name a run's workdir"),
+        ([*JUDGED, "--prompts=p.jsonl", "--top_p=2"], "top_p=2.0 must be above 0 and at most 1"),
+        ([*JUDGED, "--prompts=p.jsonl", "--lengths=32"], "4 tokens of p.jsonl:1 and 256 new ones do not fit into 32"),
         (["--mesh=context=1000000"], "devices"),
         (["--mesh=context"], "context='' must be of type int"),
         (["--seed=100000000000000000000"], "seed"),
@@ -145,7 +157,9 @@ def test_what_cannot_be_evaluated_is_a_line(evaluate, models, tmp_path, capsys, 
     Path("empty.txt").touch()
     Path("deep.json").write_text("[" * 100_000)
     Path("records.jsonl").write_text('{"text": "a"}')
-    without_text = [f"--suite={name}" for name in ("position", "recall", "routing", "preferences", "harness")]
+    Path("p.jsonl").write_text('{"prompt": "one"}\n')
+    Path("bad.jsonl").write_text('{"prompt": "one"}\n{"messages": []}\n')
+    without_text = [f"--suite={name}" for name in ("position", "recall", "routing", "preferences", "win_rate", "harness")]
     no_text = any(x.startswith("--text") or x in without_text for x in arguments)
     text = [] if no_text else [f"--text={models}/*.txt"]
     trust = () if any(x.startswith("--heldout") for x in arguments) else TRUSTED

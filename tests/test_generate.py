@@ -144,6 +144,19 @@ def test_lines_may_have_questions_of_their_own(run, tmp_path):
     assert run(f"--prompts={source}", "--question=e")[0] == 0 and Engine.last.arguments["questions"] == [[*b"b"], [*b"e"]]
 
 
+def test_messages_are_answered_after_the_template_of_the_checkpoint_beside_prompts(run, tmp_path):
+    source, template = tmp_path / "in.jsonl", tmp_path / "chat.jinja"
+    talk = [{"role": "user", "content": "hi"}]
+    source.write_text(json.dumps({"messages": talk, "id": 7}) + '\n{"prompt": "a"}\n')
+    status, out, _ = run(f"--prompts={source}", "--max_new_tokens=3")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and answers[0]["messages"] == talk and [x["answer"] for x in answers] == ["two", "two"]
+    assert Engine.last.prompts == [[256, *b"user:\nhi\n\nassistant:\n"], [256, *b"a"]]
+    template.write_text("{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}")
+    assert run(f"--prompts={source}", f"--chat_template={template}", "--nobos")[0] == 0
+    assert Engine.last.prompts == [[*b"hi>"], [*b"a"]]
+
+
 def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
     assert run("--prompt=a", "--seed=13") == (130, "two\n", "error: interrupted\n")
@@ -175,12 +188,16 @@ def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
         ),
         (["--prompt=a", "--mesh=tensor=9"], "needs 9 devices and 8 are here"),
         (["--prompts=none.jsonl"], "none.jsonl"),
+        (["--prompts=chat.jsonl", "--chat_template=none"], "--chat_template=none is not a file; name a file with a Jinja"),
+        (["--prompts=chat.jsonl", "--question=a"], "--question follows prompts, and chat.jsonl:1 has messages; make it the"),
         (["--prompt=a", "--out="], "--out= is empty; name a file"),
         (["--prompt=a", "--out=none/out.jsonl", "--step=4"], "none/out.jsonl: No such file or directory"),
         (["--prompt=a", "more"], "'more' is no flag"),
     ],
 )
-def test_what_cannot_be_answered_is_a_line(run, arguments, message):
+def test_what_cannot_be_answered_is_a_line(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
     status, out, err = run(*arguments)
     assert (status, out) == (2, "") and err.startswith("error: ") and message in err and err.count("\n") == 1, err
 
@@ -199,7 +216,12 @@ def test_what_cannot_be_answered_is_a_line(run, arguments, message):
         ('{"prompt": "a", "x": %s}\n' % ("[" * 100_000), "in.jsonl:1 is nested too deeply to be read"),
         ('["a"]\n', "in.jsonl:1 must hold an object and holds a list"),
         ('{"prompt": "a", "question": 3}\n', 'in.jsonl:1 has something else than text under "question"'),
-        ('{"prompt": "a"}\n{"prompt": ""}\n', "prompt 2 of 2 is empty"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', 'in.jsonl:2 has no text under "prompt"'),
+        ('{"prompt": "a"}\n\n{"messages": []}\n', "in.jsonl:3: the field 'messages' has no message"),
+        (
+            '{"prompt": "a"}\n{"messages": [{"role": "robot", "content": "hi"}]}\n',
+            "in.jsonl:2: the chat template fails: the role robot is none of system, user, assistant and tool",
+        ),
     ],
 )
 def test_files_that_are_not_prompts_are_refused_by_line(run, tmp_path, content, message):

@@ -81,6 +81,13 @@ def test_every_parameter_of_the_newest_or_the_named_checkpoint_is_copied(tmp_pat
     assert start(following(tmp_path, {"init_from.step": 1}))[1]["step"] == 1
 
 
+def test_the_chat_template_of_the_other_run_is_recorded(tmp_path):
+    save(tmp_path, tiny(), 3, {"chat_template": "mine"})
+    record = start(following(tmp_path))[1]
+    assert checkpoint.chat_template({"init_from": record}) == "mine"
+    assert checkpoint.chat_template({"init_from": record, "chat_template": "newer"}) == "newer"
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}])
 def test_a_mesh_gets_the_same_bits_in_its_own_shards(tmp_path, axes):
     saved = save(tmp_path, tiny(G={"qk_norm": "rms"}))

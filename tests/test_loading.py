@@ -5,22 +5,23 @@ import shutil
 
 import jax
 import pytest
-from conftest import assert_close, mesh_of, random_params, tiny
+from conftest import ONE_LAYER, assert_close, mesh_of, random_params, tiny
 from test_tokenizer import byte_level
 
 from hybrid_attn import checkpoint, config
+from hybrid_attn.data import chat
 from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 from hybrid_attn.infer import loading
 
 
-def save(directory, c, tokenizer_hash="bytes", steps=(3, 7)):
+def save(directory, c, tokenizer_hash="bytes", steps=(3, 7), **records):
     """Checkpoints of `c` as training writes them; the parameters of step n have seed n."""
     stage = {"tokenizer": tokenizer_hash} if tokenizer_hash else {}
     with jax.set_mesh(mesh_of()):
         checkpoints = checkpoint.Checkpoints(directory, keep=5, every=1)
         for step in steps:
             state = {"params": random_params(c.model, step)}
-            checkpoints.save(step, state, {"stage_steps": [step], "stage": stage}, config.to_dict(c))
+            checkpoints.save(step, state, {"stage_steps": [step], "stage": stage, **records}, config.to_dict(c))
         checkpoints.close()
 
 
@@ -61,6 +62,18 @@ def test_parameters_lie_on_the_mesh_in_force(run):
         assert_close(loaded.params, random_params(loaded.config.model, 7), 0)
     with jax.set_mesh(mesh_of(tensor=4)), pytest.raises(ValueError, match="model.num_kv_heads 2 does not split over 4 tensor"):
         loading.load(run)
+
+
+def test_the_chat_template_is_that_of_the_conversations_or_of_the_tokenizer(run, tmp_path):
+    (tmp_path / "mine.jinja").write_text("mine")
+    assert loading.chat_template(str(run / "checkpoints"), 3) == chat.load_template(None, "bytes")
+    for name, recorded in (("trained", {"chat_template": "own"}), ("started", {"init_from": {"chat_template": "own"}})):
+        save(tmp_path / name, tiny(ONE_LAYER), steps=(1,), **recorded)
+        assert loading.chat_template(tmp_path / name, 1) == "own"
+        assert loading.chat_template(tmp_path / name, 1, str(tmp_path / "mine.jinja")) == "mine"
+    save(tmp_path / "wrong", tiny(ONE_LAYER), steps=(1,), chat_template=3)
+    with pytest.raises(ValueError, match="chat_template=3 of a data state must be text"):
+        loading.chat_template(tmp_path / "wrong", 1)
 
 
 def saved_tokenizer(directory, **changes):

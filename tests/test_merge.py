@@ -98,7 +98,7 @@ def test_a_recipe_that_is_none_is_an_error(recipe, message):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    save(workdir / "checkpoints", tiny(), steps=(3, 5, 7))
+    save(workdir / "checkpoints", tiny(), steps=(3, 5, 7), chat_template="mine")
     return workdir
 
 
@@ -116,6 +116,7 @@ def test_the_newest_checkpoints_of_a_run_merge_to_their_mean_and_the_result_load
     )
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
     data = checkpoint.read_data(tmp_path / "out")
+    assert loading.chat_template(tmp_path / "out", 0) == "mine"
     assert data["stage_steps"] == [7] and [x["step"] for x in data["merge"]["models"]] == [5, 7]
     assert data["merge"]["models"][1]["fingerprint"] == checkpoint.fingerprint(run / "checkpoints", 7)
     lines = capsys.readouterr().out.splitlines()

@@ -87,7 +87,7 @@ def test_all_changed_fields_have_to_be_named(saved):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.init_std": 0.5, "model.depth_init": True},
+        {"model.init_std": 0.5, "model.depth_init": True, "model.low_rank.init": "he"},
         {"model.kinds.X": tiny().model.kinds["L"]},
         {"optim.b1": 0.5, "seed": 3, "train.log_every": 7},
     ],

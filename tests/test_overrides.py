@@ -16,8 +16,8 @@ from configs import base
 from hybrid_attn import config
 from hybrid_attn.data import documents, pipeline
 from hybrid_attn.data.tokenizer import load_tokenizer
-from hybrid_attn.evals.provenance import trained_length
 from hybrid_attn.infer import loading
+from hybrid_attn.infer.loading import trained_length
 from hybrid_attn.train import loop
 from hybrid_attn.train.evaluation import Evaluations
 from hybrid_attn.train.resume import check_function

@@ -15,6 +15,7 @@ from trained import losses, stop_at
 
 from configs import base
 from hybrid_attn import checkpoint, config
+from hybrid_attn.data import chat
 from hybrid_attn.model import losses as token_losses
 from hybrid_attn.train import loop
 from hybrid_attn.train.objectives import objective_of, preference
@@ -170,6 +171,9 @@ def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_re
     assert [checkpoint.extras(folder, step) for step in (8, 15)] == [{"spikes"}, {"spikes", "reference"}]
     trained = {name for name in checkpoint.read_shapes(folder, 15) if name.startswith(second["trainable"])}
     assert checkpoint.read_shapes(folder, 15, "extras/reference").keys() == trained
+    for name in ("straight", "resumed"):
+        saved = checkpoint.read_data(tmp_path / name / "checkpoints", 15)
+        assert checkpoint.chat_template(saved) == chat.load_template(None, "bytes")
 
 
 def test_the_reference_has_what_its_stage_trains_and_no_other_stage_has_it(one_device):

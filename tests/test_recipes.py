@@ -119,6 +119,7 @@ def test_an_extension_without_a_factor_or_a_checkpoint_is_refused(argument):
         extend.get_config(argument)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_command_a_stopped_around_every_edge_has_the_losses_of_a_run_that_is_not(corpus, tmp_path, monkeypatch):
     values = config.to_dict(config.build(command_a.get_config("tiny")))

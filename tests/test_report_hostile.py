@@ -55,6 +55,9 @@ def few() -> tuple[list[dict], list[dict]]:
     ] + [bigram], answers[:20]
 
 
+JUDGED = next(r for r in few()[0] if r["eval"] == "win_rate")
+
+
 def replaced(value, change):
     """`value` with `change` of each text in it, keys of objects in run.json too."""
     if isinstance(value, str):
@@ -193,6 +196,8 @@ def test_every_field_of_a_record_has_a_type_and_one_that_does_not_fit_is_named()
         ("records.jsonl", b"\xff", "not JSON: 'utf-8' codec can't decode"),
         ("records.jsonl", "[" * 100_000, "nested too deep"),
         ("records.jsonl", '{"eval": ["ruler"]}', "is not known"),
+        ("records.jsonl", json.dumps(JUDGED | {"answers": ["a"]}), "12 prompts, 12 log_probs, 1 answers, 12 prompt_ends are"),
+        ("records.jsonl", json.dumps(JUDGED | {"ead": []}), "5 numbers of distinct n-grams and 0 of ead are not equally many"),
         ("records.jsonl", '{"eval": "needle", "length": 9, "depth": 0, "needles": 4, "answers": 2, "right": 1}', "4 needles"),
     ],
 )

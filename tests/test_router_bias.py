@@ -75,7 +75,11 @@ def test_the_gradient_of_a_bias_is_experts_times_the_load_above_the_mean_and_the
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimiser, sizes",
-    [*((name, {}) for name in optim.OPTIMISERS), ("muon", {"fsdp": 2, "context": 2, "tensor": 2})],
+    [
+        *(pytest.param(name, {}, marks=pytest.mark.exhaustive) for name in ("lion", "adafactor", "muon")),
+        ("adamw", {}),
+        ("muon", {"fsdp": 2, "context": 2, "tensor": 2}),
+    ],
     ids=str,
 )
 def test_a_step_moves_each_bias_against_the_load_of_the_whole_batch_and_nothing_else_by_it(optimiser, sizes):

@@ -230,7 +230,10 @@ def test_questions_may_have_lengths_of_their_own():
     found = {(unit.eval, unit.length) for unit in suite.units(settings, context_of(None))}
     assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
     written = suite.described(settings, {})["settings"]
-    assert written["asked"] == [2048] and [*written] == [*SETTINGS._fields[:-1], "asked"]  # as in the files of earlier runs
+    fields = SETTINGS._fields[: SETTINGS._fields.index("engine_lengths")]
+    assert written["asked"] == [2048] and [*written] == [*fields, "asked"]  # as in the files of earlier runs
+    judged = suite.described(settings._replace(evals=("win_rate",)), {})["settings"]
+    assert [*judged] == [*fields, "max_new_tokens", "temperature", "top_p", "asked"]
 
 
 def test_an_answer_ends_where_its_model_says_so(tmp_path):

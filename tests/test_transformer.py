@@ -323,7 +323,8 @@ def test_an_untied_table_is_the_one_that_the_logits_come_from(one_device):
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = {"small": 1, "150m": 8, "1b": 64, "8b": 64}
-OTHERS = {"command_a": {"full": 1024, "tiny": 1}, "extend": {}, "adapt": {}}  # of which the last two need a checkpoint
+OTHERS = {"command_a": {"full": 1024, "tiny": 1}, "end_to_end": {"tiny": 1}}
+OTHERS |= dict.fromkeys(("extend", "adapt"), {})  # they need a checkpoint
 
 
 def training_configs():

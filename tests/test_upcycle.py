@@ -31,7 +31,7 @@ def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     for i in range(20):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
-    save(folder / "run", models_config(folder), steps=SEEDS)
+    save(folder / "run", models_config(folder), steps=SEEDS, chat_template="mine")
     return folder / "run"
 
 
@@ -77,6 +77,7 @@ def test_sparse_upcycling_starts_at_the_loss_of_the_dense_model(dense, tmp_path,
     np.testing.assert_allclose(got[real_BT], expected[real_BT], rtol=1e-6, atol=1e-6 * float(expected.max()))
     assert all(np.std(mixture[name]) == pytest.approx(model.init_std, rel=0.3) for name in ROUTERS)
     data = checkpoint.read_data(tmp_path / "out")
+    assert loading.chat_template(tmp_path / "out", 0) == "mine"
     assert data["upcycle"]["method"] == "sparse" and data["upcycle"]["seed"] == 0
     assert data["upcycle"]["models"][0]["step"] == 5 and "opt_state" not in str(checkpoint.read_shapes(tmp_path / "out"))
     _, other = upcycled(tmp_path / "other", "--method=sparse", of(dense, 5), "--experts=4", "--seed=1")
@@ -350,7 +351,8 @@ def test_training_does_not_move_domain_embeddings(one_device):
     assert np.std(before["domains"]) == pytest.approx(1, rel=0.3) and not np.array_equal(after["gate"], before["gate"])
 
 
-@pytest.mark.slow  # each command starts jax
+@pytest.mark.exhaustive  # each command starts jax
+@pytest.mark.slow
 def test_the_commands_of_the_page_follow_one_another_from_a_seed_to_a_mixture_with_an_added_expert(tmp_path):
     page = [words for words in commands((ROOT / "docs" / "upcycling.md").read_text()) if words[1] != "tools/plan.py"]
     shorter = {"launch/train.py": ["--steps=2", "--config.evals.tokens=1024"]}

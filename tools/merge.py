@@ -143,6 +143,14 @@ def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def check_same_factors(merged: Sequence[Model]) -> None:
+    """ValueError for factors of several runs: their products do not change where both factors do, but their mean does."""
+    with_factors = [x for x in merged if x.saved.config.model.low_rank.rank_fraction is not None]
+    several = len({x.directory for x in merged}) > 1
+    cure = "merge checkpoints of one run, or export each with tools/export_hf.py, and import that"
+    check(not (with_factors and several), f"{with_factors[0].name if with_factors else ''} has factors of low rank; {cure}")
+
+
 def differences(merged: Sequence[Model]) -> list[str]:
     """Lines for the fields of the model in which checkpoints differ from the first; they have the same arrays."""
     first, *others = (config.to_dict(x.saved.config.model) for x in merged)
@@ -163,10 +171,12 @@ def merge_models() -> None:
     merged = models()
     recipe = recipe_for(len(merged))
     base = model_at(BASE.value) if BASE.value else None
+    check_same_factors(merged)
     shapes = shapes_of([*merged, *([base] if base else [])])
     last = max(merged, key=lambda model: sum(model.saved.stage_steps))  # the first of those that were trained longest
     values = checkpoint.read_config(last.directory, last.step)
     data = {"stage_steps": last.saved.stage_steps, "stage": {"tokenizer": last.saved.tokenizer_hash}}
+    data |= {checkpoint.CHAT_TEMPLATE: template} if (template := last.saved.chat_template) is not None else {}
     data |= {"imported": f"a {recipe.method} merge of {len(merged)} checkpoints", "merge": recorded(merged, base, recipe)}
     with hf.new_directory(OUT.value) as directory:
         params = {}

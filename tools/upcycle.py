@@ -167,6 +167,7 @@ def write(
     of_name, numbers = flatten_dict(specs(model), sep="/"), {name: number for name, _, number in model.groups}
     first = models[0]
     data = {"stage_steps": first.saved.stage_steps, "stage": {"tokenizer": first.saved.tokenizer_hash}}
+    data |= {checkpoint.CHAT_TEMPLATE: template} if (template := first.saved.chat_template) is not None else {}
     data |= {"imported": f"a {METHOD.value} mixture of {len(models)} checkpoints", "upcycle": recorded(models)}
     with hf.new_directory(OUT.value) as directory:
         params, domains_Em = {}, domains()

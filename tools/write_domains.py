@@ -6,10 +6,8 @@ followed by one of four, with probabilities 1/2, 1/4, 1/8 and 1/8, so that a wor
 Python makes the same files. configs/upcycle/dense.py reads them in runs/domains.
 """
 
-import ast
 import json
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +16,10 @@ from absl import app, flags
 
 from hybrid_attn import files, programs
 from hybrid_attn.data import sources
+from hybrid_attn.data.docstrings import docstrings_of
 
 OUT = flags.DEFINE_string("out", "runs/domains", "Directory of the two files.")
 LEFT_OUT = sources.NOT_SOURCES | {"encodings", "test"}  # encodings is a domain of its own, as top-level modules are
-WITH_DOCSTRINGS = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 SYLLABLES = [consonant + vowel for consonant in "bdgklmnprst" for vowel in "aeiou"]
 WORDS, DOCUMENTS, WORDS_A_DOCUMENT = 64, 1024, 256
 STEPS = np.array([1, 1, 1, 1, 5, 5, 18, 41])  # to the next word, of which each is equally likely
@@ -32,16 +30,7 @@ def documentation(root: Path) -> Iterator[str]:
     """The documentation strings of each file that is at least one folder below `root`; files that do not parse have none."""
     for path in sorted(root.glob("*/**/*.py")):
         if path.relative_to(root).parts[0] not in LEFT_OUT and (docstrings := docstrings_of(path)):
-            yield "\n\n".join(docstrings) + "\n"
-
-
-def docstrings_of(path: Path) -> list[str]:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of strings with unknown escapes
-            nodes = ast.walk(ast.parse(path.read_bytes()))
-    except (SyntaxError, ValueError):  # a test of such errors, or another version's syntax
-        return []
-    return [text for node in nodes if isinstance(node, WITH_DOCSTRINGS) and (text := ast.get_docstring(node))]
+            yield "\n\n".join(text for _, text in docstrings) + "\n"
 
 
 def vocabulary() -> list[str]:

@@ -23,14 +23,15 @@ from absl import flags
 from hybrid_attn import allocator, compiled, files, programs
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import haystack, heldout, limits, report, ruler, suite
-from hybrid_attn.evals.provenance import provenance, trained_length
+from hybrid_attn.evals import haystack, heldout, judge, limits, report, ruler, suite
+from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, EvalModel, Settings, Unit, with_own
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
+from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.model import execution_on
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.trees import check
@@ -71,7 +72,14 @@ COMPAT = flags.DEFINE_bool("compat", False, "Ask RULER's own prompts, as its scr
 ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json of RULER, for its own longest lists of words.")
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks. They run code: !function.")
-SEED = flags.DEFINE_integer("seed", suite.SEED, "Of the questions.", lower_bound=0, upper_bound=2**32 - 1)
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts or messages, as of tools/generate.py, for win_rate.")
+JUDGE = flags.DEFINE_string("judge", None, "Checkpoint whose log-probabilities judge the answers; a workdir, or DIR/STEP.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens of an answer that is judged.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.5, "Of the sampling of these answers; 0 takes the most likely token.")
+TOP_P = flags.DEFINE_float("top_p", 0.75, "Of this sampling: the fewest tokens that have this probability together.")
+SEED = flags.DEFINE_integer(
+    "seed", suite.SEED, "Of the questions, and of the first answer that is judged.", lower_bound=0, upper_bound=2**32 - 1
+)
 CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that are read at a time.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, f"Most prompts in a batch; by default {DEFAULT_BATCH_SIZE}.", lower_bound=1
@@ -80,6 +88,7 @@ MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,te
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
 # Flags that are an error where no evaluation of --suite reads them.
 SPECIAL = ("compat", "squad", "hotpot", "ruler_tasks", "depths", "text", "heldout")
+SPECIAL += ("prompts", "judge", "max_new_tokens", "temperature", "top_p")
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -146,6 +155,10 @@ def settings(trained: Sequence[int]) -> Settings:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
     if "harness" in evals and not TASKS.value and SUITE.value != "full":
         raise ValueError(f"--suite={SUITE.value} asks lm-evaluation-harness, and for no task; name some with --tasks")
+    if "win_rate" in evals and (SUITE.value != "full" or PROMPTS.value or JUDGE.value):
+        named = PROMPTS.value and JUDGE.value
+        check(bool(named), f"--suite={SUITE.value} has answers judged; give --prompts=FILE, and --judge=CHECKPOINT, the judge")
+        Sampling(TEMPERATURE.value, top_p=TOP_P.value if TEMPERATURE.value else None)  # ValueError for wrong numbers
     if TASKS.value:
         from hybrid_attn.evals import engine_lm  # an extra
 
@@ -164,6 +177,7 @@ def settings(trained: Sequence[int]) -> Settings:
     check(COMPAT.value or not ENGLISH_WORDS.value, "--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
     sizes = {**lengths(trained), "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed}
+    sizes |= {"max_new_tokens": MAX_NEW_TOKENS.value, "temperature": TEMPERATURE.value, "top_p": TOP_P.value}
     tasks = {"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "ruler_tasks": tuple(dict.fromkeys(RULER_TASKS.value))}
     chosen = Settings(evals, compat=COMPAT.value, **sizes, **tasks)
     limits.check_settings(chosen)
@@ -187,6 +201,7 @@ def data_flags() -> dict:
     heldout_files = [f"{name}={_absolute(path)}" for name, path in heldout.named(HELDOUT.value).items()]
     values = {"trust_checkpoint_data": TRUST.value, "heldout": heldout_files, "text": [*map(_absolute, TEXT.value)]}
     single = {"squad": SQUAD.value, "hotpot": HOTPOT.value, "english_words": ENGLISH_WORDS.value}
+    single |= {"prompts": PROMPTS.value, "judge": JUDGE.value}
     return values | {name: None if path is None else _absolute(path) for name, path in single.items()}
 
 
@@ -206,10 +221,10 @@ class Checkpoint(NamedTuple):
 def inspect(directory: str, step: int, evals: Sequence[str]) -> Checkpoint:
     """ValueError where measuring would open files or URLs that only the checkpoint names."""
     steps_in = loading.find(directory)
-    c, _, stage_steps = loading.saved_of(steps_in, step)
+    c, _, stage_steps, _ = loading.saved_of(steps_in, step)
     if any(EVALS[name].reads_heldout for name in evals) and not (TRUST.value or HELDOUT.value):
         heldout.check_trusted(directory, c)
-    return Checkpoint(directory, step, *trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
+    return Checkpoint(directory, step, *loading.trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
 
 
 def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalContext, Settings, dict]:
@@ -225,12 +240,15 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalCon
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
     of_source = {"trained": source.trained, "tasks": with_own(own), "stops": stops, "pairs": held_out.pairs}
-    context = EvalContext(eval_model, None, held_out.documents, **of_source, **data)
+    prompt_set = data["prompt_set"] and data["prompt_set"].of_model(directory, source.step)
+    context = EvalContext(eval_model, None, held_out.documents, **of_source | data | {"prompt_set": prompt_set})
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
     suite.checked_units(settings, context)
     known = provenance(source.directory, source.step, c, checkpoints.read_config(directory, source.step), context)
-    known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
+    known |= {"data": data_flags(), "weights": loading.fingerprint(directory, source.step)}
     known["heldout"] = held_out.fingerprints()
+    if prompt_set is not None:
+        known |= {"prompts": prompt_set.hash, "judge": prompt_set.judge.described()}
     if data["essays"]:
         known["essays"] = hashlib.sha256(data["essays"].encode()).hexdigest()
     known["model"] |= {"seq_len": source.trained, "seq_len_from": source.trained_from}
@@ -302,6 +320,7 @@ def evaluate_all() -> None:
     with files.lock(out):
         files.write_atomically(out / MARKER, MARKED)
         with jax.set_mesh(mesh):
+            data |= {"prompt_set": judge.prompt_set(PROMPTS.value, JUDGE.value) if PROMPTS.value else None}
             plans = [plan(source, chosen, data) for source in sources]
             for name, source, planned in zip(run_names, sources, plans, strict=True):
                 evaluate(name, source, *planned)

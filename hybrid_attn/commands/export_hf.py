@@ -1,7 +1,8 @@
 """Exports a checkpoint to a Hugging Face directory: python tools/export_hf.py --checkpoint=DIR --out=DIR
 
 --checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
-or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged.
+or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged, and
+factors of low rank multiplied.
 --peft writes the adapter alone instead, as PEFT stores LoRA.
 """
 
@@ -14,7 +15,7 @@ from hybrid_attn import programs
 from hybrid_attn.convert import families, hf, peft
 from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.infer import loading
-from hybrid_attn.infer.merged import Merged, without_adapter
+from hybrid_attn.infer.merged import Merged, of_matrices
 from hybrid_attn.trees import check
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
@@ -31,7 +32,7 @@ def export_model() -> None:
     step = loading.step_of(directory, STEP.value)
     c = loading.saved_of(directory, step).config
     files = Path(directory) / IMPORTED_FILES
-    model, parameters = without_adapter(c.model), Merged(directory, step, c.model)
+    model, parameters = of_matrices(c.model), Merged(directory, step, c.model)
     type = c.model.adapter.type
     check(not PEFT.value or type == "lora", f"--peft writes LoRA, and the checkpoint has model.adapter.type={type!r}")
     described = hf.describe(model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)

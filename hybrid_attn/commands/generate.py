@@ -1,24 +1,25 @@
 """Answers prompts with the model of a checkpoint: python tools/generate.py --checkpoint=runs/hybrid_8k --prompt='def main('
 
 --checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. The answer to --prompt is
-streamed to stdout. --prompts=FILE has JSON lines {"prompt": ..., "question": ...}; the question is optional. The same lines
-with "answer", "tokens" and "logprob" (the sum over the answer's tokens) go to --out, or to stdout. Speed and the bytes of the
-cache go to stderr. Exit status: 2 for wrong flags and inputs; 1 for logits that are not finite and for a full disk, where the
-answers go to stdout instead; 130 after Ctrl-C.
+streamed to stdout. --prompts=FILE has JSON lines {"prompt": ..., "question": ...}, of which the question is optional, or
+{"messages": [{"role": "user", "content": ...}]}, which a chat template writes as text. The same lines with "answer", "tokens"
+and "logprob" (the sum over the answer's tokens) go to --out, or to stdout. Speed and the bytes of the cache go to stderr. Exit
+status: 2 for wrong flags and inputs; 1 for logits that are not finite and for a full disk, where the answers go to stdout
+instead; 130 after Ctrl-C.
 """
 
 import dataclasses
 import functools
-import json
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
 
 from hybrid_attn import allocator, compiled, files, programs
-from hybrid_attn.infer import loading
+from hybrid_attn.infer import loading, prompts
 from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions, Timing
 from hybrid_attn.infer.requests import GenerateOptions
@@ -33,6 +34,12 @@ PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of JSON lines, one prompt each.")
 QUESTION = flags.DEFINE_string("question", None, "Question that follows every prompt, after its cache is compressed.")
 BOS = flags.DEFINE_bool("bos", True, "Put BOS before each prompt.")
+CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template",
+    None,
+    "File with the Jinja template that writes messages as text; by default that of the conversations of the training, or the "
+    "tokenizer's.",
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens of an answer.", 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 takes the most likely token.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many of the most likely tokens.")
@@ -59,42 +66,21 @@ def compression(text: str) -> Compression:
     return Compression(method, **values)
 
 
-def records() -> list[dict]:
-    """A record with a prompt for each answer, and a question in all of them or in none."""
+def records() -> dict[str, dict]:
+    """A record with a prompt or messages for each answer, by its origin, and a question in all of them or in none."""
     check((PROMPT.value is None) != (PROMPTS.value is None), "give either --prompt=TEXT or --prompts=FILE")
     for flag in (PROMPT, QUESTION):
         # Python decodes bytes of arguments that are no UTF-8 to halves of surrogate pairs.
         is_utf8 = not any("\ud800" <= character <= "\udfff" for character in flag.value or "")
         check(is_utf8, f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
-    if PROMPT.value is not None:
-        prompts = [{"prompt": PROMPT.value}]
-    else:
-        with open(PROMPTS.value, "rb") as file:
-            prompts = [record(line, f"{PROMPTS.value}:{number}") for number, line in enumerate(file, 1) if line.strip()]
-        check(bool(prompts), f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
+    read = {"--prompt": {prompts.PROMPT: PROMPT.value}} if PROMPT.value is not None else prompts.read(PROMPTS.value)
     if QUESTION.value is not None:
-        for x in prompts:
-            x.setdefault("question", QUESTION.value)
-    all_or_none = len({"question" in x for x in prompts}) == 1
+        for where, x in read.items():
+            check(prompts.PROMPT in x, f"--question follows prompts, and {where} has messages; make it the last of them")
+            x.setdefault(prompts.QUESTION, QUESTION.value)
+    all_or_none = len({prompts.QUESTION in x for x in read.values()}) == 1
     check(all_or_none, f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
-    return prompts
-
-
-def record(line: bytes, where: str) -> dict:
-    """The record of a JSON line; ValueError if it is not one, or cannot be written again with an answer."""
-    values = files.object_of(line, where)
-    check(isinstance(values.get("prompt"), str), f'{where} has no text under "prompt"')
-    check(isinstance(values.get("question", ""), str), f'{where} has something else than text under "question"')
-    try:
-        json_line(values).encode()
-    except ValueError as cause:
-        raise ValueError(f"{where} has a value that JSON in UTF-8 cannot hold: {cause}") from cause
-    return values
-
-
-def json_line(values: dict) -> str:
-    """ValueError for NaN and infinity, which JSON does not have."""
-    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    return read
 
 
 def writable_out() -> Path | None:
@@ -111,12 +97,12 @@ def writable_out() -> Path | None:
     return path
 
 
-def write(prompts: list[dict], replies: list[Answer], path: Path | None) -> None:
+def write(read: Iterable[dict], replies: Sequence[Answer], path: Path | None) -> None:
     """Writes the records with their answers as JSON lines: to the file of --out, or to stdout if there is none or it fails."""
     lines = []
-    for prompt, reply in zip(prompts, replies, strict=True):
+    for record, reply in zip(read, replies, strict=True):
         numbers = {"tokens": len(reply.tokens), "logprob": float(reply.logprobs.sum())}
-        lines.append(json_line(prompt | {"answer": reply.text} | numbers))
+        lines.append(prompts.json_line(record | {"answer": reply.text} | numbers))
     if path is None:
         sys.stdout.writelines(lines)
         return
@@ -142,10 +128,20 @@ def report(timing: Timing) -> str:
     )
 
 
+def read_requests(read: Mapping[str, Mapping], directory: str, step: int) -> tuple[list[str | list[int]], list[int]]:
+    """What each record asks of the checkpoint, text or the tokens of messages, and the ids that end an answer."""
+    tokenizer = loading.described(directory, step).tokenizer
+    stops = loading.stop_tokens(directory, tokenizer)
+    if not any(prompts.MESSAGES in x for x in read.values()):
+        return [x[prompts.PROMPT] for x in read.values()], stops
+    of_chat = prompts.Requests(tokenizer, loading.chat_template(directory, step, CHAT_TEMPLATE.value), BOS.value)
+    return of_chat.prompts(read), sorted({*stops, *of_chat.ends()})
+
+
 def generate() -> None:
     allocator.keep_freed_memory()
     compiled.keep()
-    prompts = records()
+    read = records()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     compress = None if COMPRESS.value is None else compression(COMPRESS.value)
     out = writable_out()
@@ -159,25 +155,26 @@ def generate() -> None:
         print(piece, end="", flush=True)
 
     with jax.set_mesh(mesh):
+        requests, stop_tokens = read_requests(read, directory, step)
         c, params, tokenizer = loading.load(directory, step)
         engine = Engine(params, c, EngineOptions(CHUNK.value, CACHE.value, CAPACITY.value))
         options = AnswerOptions(
-            GenerateOptions(sampling, loading.stop_tokens(directory, tokenizer), compress),
+            GenerateOptions(sampling, stop_tokens, compress),
             stops=STOP.value,
-            seeds=[(SEED.value + i) % 2**32 for i in range(len(prompts))],
-            questions=[x["question"] for x in prompts] if "question" in prompts[0] else None,
+            seeds=[(SEED.value + i) % 2**32 for i in range(len(read))],
+            questions=[x[prompts.QUESTION] for x in read.values() if prompts.QUESTION in x] or None,
             bos=BOS.value,
         )
         on_text = show if PROMPT.value is not None else None
         try:
-            replies = answers(engine, tokenizer, [x["prompt"] for x in prompts], MAX_NEW_TOKENS.value, options, on_text)
+            replies = answers(engine, tokenizer, requests, MAX_NEW_TOKENS.value, options, on_text)
         except FloatingPointError as cause:
             raise FloatingPointError(f"{loading.name_of(directory, step)}: {cause}") from cause
         finally:
             if shown:
                 print(flush=True)  # ends the line, whatever interrupts the answer
     if PROMPTS.value or out:
-        write(prompts, replies, out)
+        write(read.values(), replies, out)
     print(report(engine.timing), file=sys.stderr)
 
 

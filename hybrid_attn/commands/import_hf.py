@@ -62,7 +62,7 @@ def import_model() -> None:
 def with_adapter(model: config.Model, model_type: str) -> tuple[config.Model, dict[str, np.ndarray]]:
     """The model with the adapter of --adapter, and its arrays by name."""
     flat = traverse_util.flatten_dict(specs(model), sep="/")
-    matrices = {name: peft.Matrix(x.shape, x.fan_in) for name, x in flat.items() if transforms.takes_adapter(x)}
+    matrices = {name: peft.Matrix(x.shape, x.fan_in) for name, x in flat.items() if transforms.is_plain(x)}
     adapter, arrays = peft.read(ADAPTER.value, model, model_type, matrices)
     added = {f"{name}{transforms.SUFFIX}/{part}": x for name, parts in arrays.items() for part, x in parts.items()}
     return dataclasses.replace(model, adapter=adapter), added

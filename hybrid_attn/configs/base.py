@@ -89,6 +89,19 @@ def adapter(**changes) -> ConfigDict:
     return a
 
 
+def low_rank(**changes) -> ConfigDict:
+    """Matrices that are products of two factors from the first step on; none without `changes`."""
+    f = ConfigDict()
+    f.rank_fraction = None  # the rank over the shorter side of the matrix, at most 1; None = all matrices are dense
+    # The matrices, by name or pattern. Those of keys and values are small already where few heads share them.
+    f.targets = ("*/attention/q", "*/attention/o", "*/mlp/*")
+    # spectral: the largest singular vectors and values of the dense matrix's initial value. spectral_ones: the values are 1.
+    # he: each factor from N(0, 2 / fan-in).
+    f.init = "spectral"  # spectral | spectral_ones | he
+    f.update(changes)
+    return f
+
+
 def source(**changes) -> ConfigDict:
     """A source of documents or of a synthetic task; without `changes`, the sources of Python's standard library."""
     s = ConfigDict()
@@ -240,6 +253,7 @@ def _model() -> ConfigDict:
     m.mup_base_depth = None  # the num_layers of which the same holds (CompleteP): branches are divided by the ratio to it
     m.depth_init = False  # matrices that write to the residual stream start at init_std / sqrt(2 num_layers) (GPT-2)
     m.adapter = adapter()  # docs/adapters.md
+    m.low_rank = low_rank()  # docs/low_rank.md
     m.kinds = ConfigDict()  # the layer type of each letter of the prefix and the pattern
     # theta stays at 10,000: a larger one makes a hybrid worse (paper, table of RNoPE variants)
     m.kinds.L = kind(window=512, rope_theta=10_000.0)
@@ -284,6 +298,8 @@ def _optim() -> ConfigDict:
     o.momentum = 0.95  # of Muon
     o.moment_dtype = "float32"  # float32 | bfloat16: of the first moment or the momentum; bfloat16 saves 2 bytes a parameter
     o.weight_decay = 0.1  # not on norms and embeddings; a step takes lr * weight_decay of a matrix off it
+    # Of factors of model.low_rank: frobenius = what decays the norm of their product, l2 = that of each factor.
+    o.low_rank_decay = "frobenius"  # frobenius | l2
     # True: a step takes weight_decay times its rate over optim.lr off it (arXiv 2309.14322); lr is then the peak of all stages.
     o.independent_decay = False
     o.clip_norm = 1.0  # largest norm of the gradient of all parameters
@@ -342,6 +358,8 @@ def _train() -> ConfigDict:
     # Norms, attention and activations by layer type, from one step in so many: docs/statistics.md. Such a step is a program of
     # its own, compiled beside the other. None = no statistics; 10 costs under 2% of the time.
     t.statistics_every = None
+    # With them, effective ranks of the matrices of the layers, from all singular values: for rare steps.
+    t.rank_statistics = False
     # Where the numbers can be looked at, beside the JSON lines that every run writes; the last two are extras of pip.
     t.sinks = ("tensorboard",)  # tensorboard | wandb | trackio
     t.log_every = 10  # steps
@@ -356,10 +374,11 @@ def _evals() -> ConfigDict:
     # position: held-out loss by position, for each source of documents in the last stage. recall: accuracy on the synthetic
     # tasks. needle: retrieval of one and of four numbers at five depths of a text. ruler: the tasks of RULER except two that
     # need files. attention_mass: attention weights of questions about a needle, by head. key_tokens: loss on tokens that only
-    # distant context makes likely. routing: the share of each expert, by layer. preferences: held-out pairs of completions, and
-    # indicators of over-optimisation. The text around needles is held-out text, or else Python's standard library; in bytes a
-    # question about four needles has about 800 tokens, and one of RULER 1,900. tools/evaluate.py evaluates checkpoints.
-    # position | recall | needle | ruler | attention_mass | key_tokens | routing | preferences
+    # distant context makes likely. languages: loss and accuracy of the next token by source. routing: the share of each expert,
+    # by layer. preferences: held-out pairs of completions, and indicators of over-optimisation. The text around needles is
+    # held-out text, or else Python's standard library; in bytes a question about four needles has about 800 tokens, and one of
+    # RULER 1,900. tools/evaluate.py evaluates checkpoints.
+    # position | recall | needle | ruler | attention_mass | key_tokens | languages | routing | preferences
     e.names = ("position", "recall")
     e.every = None  # steps between evaluations; None = only at the end of training
     e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len

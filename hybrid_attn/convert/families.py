@@ -112,7 +112,7 @@ def _model_of(config_json: Mapping) -> Model:
     problem = trees.not_among(values["activation"], list(ACTIVATIONS))
     check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    plain = {"adapter": config.to_dict(config.NO_ADAPTER)}
+    plain = {"adapter": config.to_dict(config.NO_ADAPTER), "low_rank": config.to_dict(config.DENSE)}
     return config.build_model(UNSCALED | plain | values | _layout(family.layer_types(c), c["num_hidden_layers"]))
 
 

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ class Reader:
 
     def _conversation(self, record: Mapping) -> Encoded:
         if MESSAGES in record:
-            messages = _messages(record[MESSAGES], MESSAGES)
+            messages = messages_of(record[MESSAGES], MESSAGES)
             return self._encoded(self._rendered(messages, 0, record.get(TOOLS)), rendered=True)
         names = ", ".join(map(repr, record))[:500]
         known = PROMPT in record and COMPLETION in record
@@ -107,11 +108,11 @@ class Reader:
 
     def _answered(self, record: Mapping, name: str) -> Encoded:
         """The document of the messages of a prompt and of those in the field `name`, which are trained on."""
-        before = _messages(record[PROMPT], PROMPT, role="user")
-        after = _messages(record[name], name, role="assistant")
+        before = messages_of(record[PROMPT], PROMPT, role="user")
+        after = messages_of(record[name], name, role="assistant")
         if list(after[: len(before)]) == list(before):  # many data sets repeat the prompt in the completion
             after = after[len(before) :]
-        check(any(any(_texts(x)) or x.get("tool_calls") for x in after), f"its {name!r} is empty")
+        check(any(any(texts_of(x)) or x.get("tool_calls") for x in after), f"its {name!r} is empty")
         return self._encoded(self._rendered([*before, *after], len(before), record.get(TOOLS)), rendered=True)
 
     def _encoded(self, parts: Parts, rendered: bool) -> Encoded:
@@ -133,10 +134,7 @@ class Reader:
         check(self._template is not None, "it has messages, and there is no chat template; name one with --chat_template")
         of_tools = f"the field {TOOLS!r} is of type {type(tools).__name__}, not a list"
         check(isinstance(tools, list | None), of_tools)
-        for text in _strings([messages, tools]):
-            spelled = self._special.search(text)
-            problem = f"a message spells {spelled and spelled[0]!r}, which is a special token"
-            check(not spelled, f"{problem}; only the template may write one")
+        check_unspelled(self._special, [messages, tools])
         trained = [i >= first and x["role"] in self._form.train_roles for i, x in enumerate(messages)]
         roles = ", ".join(sorted({x["role"] for x in messages[first:]}))
         check(any(trained), f"no token is trained on: the roles are {roles}; {TRAINED}")
@@ -157,7 +155,7 @@ class _Turns:
             after = self._after(i, needed=trained[i])
             name = f"message {i + 1}, of the role {message['role']!r}"
             if after in (None, before):  # a template may write a system message with the message that follows it
-                written = not trained[i] and any(_texts(message)) and all(x in self._text for x in _texts(message))
+                written = not trained[i] and any(texts_of(message)) and all(x in self._text for x in texts_of(message))
                 check(written, f"the chat template leaves out {name}")
                 continue
             changed = f"with {name}, the chat template changes the text of those before, so their turns are unknown"
@@ -189,7 +187,7 @@ class _Turns:
         return len(prompt if after.startswith(prompt) and len(before) <= len(prompt) < len(after) else before)
 
 
-def _messages(value, name: str, role: str | None = None) -> Sequence[Message]:
+def messages_of(value, name: str, role: str | None = None) -> Sequence[Message]:
     """The messages in the field `name`; with `role`, it may be one message, or the text of one of that role."""
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -207,11 +205,19 @@ def _messages(value, name: str, role: str | None = None) -> Sequence[Message]:
     return value
 
 
-def _texts(message: Message) -> list[str]:
+def texts_of(message: Message) -> list[str]:
     """The texts of a message, without white space around them."""
     content = message.get("content")
     texts = [content] if isinstance(content, str) else [x.get("text") for x in content or [] if isinstance(x, Mapping)]
     return [x.strip() for x in texts if isinstance(x, str) and x.strip()]
+
+
+def check_unspelled(special: re.Pattern, values) -> None:
+    """ValueError where a text in `values` spells a special token, which `special` matches."""
+    for text in _strings(values):
+        spelled = special.search(text)
+        problem = f"a message spells {spelled and spelled[0]!r}, which is a special token"
+        check(not spelled, f"{problem}; only the template may write one")
 
 
 def _strings(value) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Loads the sources of a config (text files, token stores or synthetic tasks) and splits off held-out documents."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from hybrid_attn import config, trees
@@ -32,6 +32,19 @@ def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus
         except ValueError as error:
             raise ValueError(f"data.sources.{name}: {error}") from error
     return corpora
+
+
+def chat_template(c: config.Config, corpora: Mapping[str, Corpus], step: int) -> str | None:
+    """The chat template that wrote conversations: that of the newest stage after `step` steps that has any.
+
+    Where the sources of a stage have several, it is that of the largest weight.
+    """
+    for index in range(c.last_stage(step), -1, -1):
+        weights = c.weights(index)
+        for name in sorted(weights, key=weights.get, reverse=True):
+            if text := getattr(corpora[name].training, "chat_template", None):  # a task has none
+                return text
+    return None
 
 
 def locations(data: config.Data, names: Iterable[str]) -> dict[str, tuple[str, ...]]:

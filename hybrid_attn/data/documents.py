@@ -39,7 +39,8 @@ class Documents:
     uint16 [n] are indices into `label_names`; `dtype` is that of the tokens. `fetch` reads spans; it numbers documents by
     `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on. Where `paired`,
     documents 2i and 2i + 1 are the chosen and the rejected completion of a prompt, with one hash and one label. `references`
-    reads the log-probabilities that stand beside a store, numbered as `fetch` does.
+    reads the log-probabilities that stand beside a store, numbered as `fetch` does. `chat_template` is the text of the template
+    that wrote the documents, if one did.
     """
 
     lengths: np.ndarray
@@ -52,6 +53,7 @@ class Documents:
     loss_mask: LossMask | None = None
     paired: bool = False
     references: Callable[[], References] | None = None
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -143,7 +143,8 @@ def load(path: str, tokenizer=None) -> Documents:
     fetch = functools.partial(reader.read, ids)
     beside = functools.partial(references.read, path, store.file, manifest.identity, len(columns["lengths"]))
     about = {"label_names": manifest.label_names, "dtype": ids.dtype, "paired": manifest.pairs}
-    return Documents(**columns, **about, fetch=fetch, loss_mask=mask, references=functools.cache(beside))
+    extra = {"loss_mask": mask, "references": functools.cache(beside), "chat_template": manifest.chat_template}
+    return Documents(**columns, **about, fetch=fetch, **extra)
 
 
 def read_manifest(path: str) -> Manifest:

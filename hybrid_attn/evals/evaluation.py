@@ -95,6 +95,7 @@ class Evaluation(NamedTuple):
     section_order: int = 100
     questions: Questions | None = None  # None: no samples are drawn
     uses_engine: bool = False  # an engine generates or scores, at `settings.engine_lengths` if these are set
+    longest_alone: bool = False  # it is measured at the longest of these alone, for another would give the same
     in_training: bool = True  # whether evals.names of a config may name it
     in_quick_suite: bool = False
     flags: tuple[str, ...] = ("tokens",)  # of tools/evaluate.py, which change what is measured
@@ -126,7 +127,9 @@ class Evaluation(NamedTuple):
         return HELDOUT in self.flags
 
     def lengths(self, settings: Settings) -> tuple[int, ...]:
-        return settings.engine_lengths if self.uses_engine and settings.engine_lengths is not None else settings.lengths
+        of_engine = self.uses_engine and settings.engine_lengths is not None
+        lengths = settings.engine_lengths if of_engine else settings.lengths
+        return (max(lengths),) if self.longest_alone else lengths
 
     def units(self, context: EvalContext, settings: Settings) -> list[Unit]:
         """Each part that is not missing at each length; some may not fit their length."""

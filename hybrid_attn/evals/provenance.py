@@ -11,7 +11,6 @@ import jax
 from hybrid_attn import config
 from hybrid_attn.evals.report import layers
 from hybrid_attn.evals.types import EvalContext
-from hybrid_attn.files import IMPORTED_FILES, object_of
 from hybrid_attn.model import flops
 
 
@@ -36,20 +35,6 @@ def provenance(
         "dtype": str(execution.dtype),
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
     }
-
-
-def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) -> tuple[int, str]:
-    """The tokens of a sequence in training, and what says so, of a checkpoint after so many `steps` of ours.
-
-    A model without any was imported, and its own config.json, beside the `checkpoints`, knows better than ours.
-    """
-    path = checkpoints / IMPORTED_FILES / "config.json"
-    if steps == 0 and path.is_file():
-        values = object_of(path.read_bytes(), str(path), "; copy it again from the model")
-        length = config.longest_text(values, path)
-        if length is not None:
-            return length, f"max_position_embeddings of {IMPORTED_FILES}/config.json"
-    return c.stages[c.last_stage(steps)].seq_len, "seq_len of the checkpoint's stage"
 
 
 def revision(file: Path) -> str:

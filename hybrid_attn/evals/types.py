@@ -11,6 +11,7 @@ from hybrid_attn.config import Model
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import ruler
+from hybrid_attn.evals.judge import PromptSet
 from hybrid_attn.evals.ruler import compat
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.infer.engine import Engine
@@ -67,10 +68,15 @@ class Settings(NamedTuple):
     ruler_tasks: tuple[str, ...] = ruler.NAMES
     absent: tuple[Absent, ...] = ()
     engine_lengths: tuple[int, ...] | None = None  # those of evaluations that use an engine; None: `lengths`
+    max_new_tokens: int = 256  # of an answer that is judged; `temperature` and `top_p` are those of its sampling
+    temperature: float = 0.5
+    top_p: float = 0.75
 
     def as_written(self) -> dict:
-        """The fields by their names in run.json, where `engine_lengths` is "asked"."""
+        """The fields by their names in run.json, where `engine_lengths` is "asked"; those of answers if they are judged."""
         values = self._asdict()
+        if "win_rate" not in self.evals:
+            del values["max_new_tokens"], values["temperature"], values["top_p"]
         return values | {"asked": values.pop("engine_lengths")}
 
 
@@ -81,6 +87,7 @@ class EvalContext(NamedTuple):
     of recall, `lists` the words of RULER's own prompts and `essays` their text. Sequences of training had `trained` tokens, and
     the tokens of `stops` end an answer as EOS does. `training` has the training documents of each source, where a training
     is evaluated. `pairs` has the held-out pairs of completions, with their loss masks, of each source that holds pairs.
+    `prompt_set` has the prompts whose answers are judged, and the judge.
     """
 
     eval_model: EvalModel
@@ -95,6 +102,7 @@ class EvalContext(NamedTuple):
     stops: tuple[int, ...] = ()
     training: Mapping[str, Documents] = {}
     pairs: Mapping[str, Documents] = {}
+    prompt_set: PromptSet | None = None
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -63,13 +63,15 @@ class EngineOptions:
 
     `chunk` tokens of each prompt are read at a time, for at most `batch_size` requests (None: `DEFAULT_BATCH_SIZE`, or as many
     as the batch has shards). `cache` is "auto" (the dtype of the activations), or "int8" for the layers that see all
-    earlier tokens. `capacity` is the most tokens of a prompt and its completion together; None is what memory allows.
+    earlier tokens. `capacity` is the most tokens of a prompt and its completion together; None is what memory allows. `slice`
+    tokens are decoded before the host looks at them.
     """
 
     chunk: int = DEFAULT_CHUNK
     cache: str = "auto"
     capacity: int | None = None
     batch_size: int | None = None
+    slice: int = SLICE
 
     def on(self, mesh: Mesh) -> "EngineOptions":
         """The options with a batch size; ValueError where they do not fit the mesh."""
@@ -105,6 +107,7 @@ class Engine:
         self.mesh = jax.sharding.get_mesh()
         options = options.on(self.mesh)
         self.chunk, self.capacity, self.batch_size = options.chunk, options.capacity, options.batch_size
+        self.slice = min(options.slice, SLICE)
         self.quantised, self.model = options.cache == "int8", config.model
         platform = self.mesh.devices.flat[0].platform
         self.execution = execution_on(platform, config.model, config.train) if execution is None else execution
@@ -132,7 +135,7 @@ class Engine:
         self.timing = Timing(sum(len(request.prompt) + len(request.question) for request in call.requests))
         results: dict[int, Generated] = {}
         for indices, config, state in self._prefilled_batches(call):
-            results |= dict(zip(indices, self._decoded(call, indices, config, state), strict=True))
+            results |= dict(zip(indices, self._decoded(call, indices, config, state)[0], strict=True))
         return [results[i] for i in range(len(call.requests))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -263,8 +266,10 @@ class Engine:
             self.timing.compile_s += time.perf_counter() - started
         return self._programs[key](*args)
 
-    def _decoded(self, call: Call, indices: list[int], config: StepConfig, state: DecodeState) -> list[Generated]:
-        """The completions of a batch."""
+    def _decoded(
+        self, call: Call, indices: list[int], config: StepConfig, state: DecodeState
+    ) -> tuple[list[Generated], DecodeState]:
+        """The completions of a batch, and the state after them."""
         batch_size = len(state.last_BD)
         done_B = np.arange(batch_size) >= len(indices)
         seeds = np.asarray([call.requests[i].seed for i in indices], np.uint32)
@@ -273,7 +278,7 @@ class Engine:
         tokens, logprobs = [[] for _ in indices], [[] for _ in indices]
         number = 0
         while number < call.max_new_tokens and not done_B.all():
-            steps = 1 if number == 0 else min(SLICE, call.max_new_tokens - number)
+            steps = 1 if number == 0 else min(self.slice, call.max_new_tokens - number)
             part = DecodeSlice(self._put(done_B, P(BATCH)), seeds_B, stop_tokens, np.int32(number), np.int32(steps))
             with self._timed("decode_s"):
                 state, new = self._execute(decode, (config, call.options.sampling), self.weights, state, part)
@@ -288,7 +293,7 @@ class Engine:
                     done_B[b] = True
             number += steps
         self.timing.new_tokens += sum(map(len, tokens))
-        return [Generated(np.int32(a), np.float32(b)) for a, b in zip(tokens, logprobs, strict=True)]
+        return [Generated(np.int32(a), np.float32(b)) for a, b in zip(tokens, logprobs, strict=True)], state
 
     def _logprobs(self, sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
         """Log-probabilities of each sequence's tokens from its start on."""

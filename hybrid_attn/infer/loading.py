@@ -8,8 +8,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from hybrid_attn import checkpoint, config
+from hybrid_attn.data import chat
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.files import IMPORTED_FILES, read_object
+from hybrid_attn.files import IMPORTED_FILES, object_of, read_object
 from hybrid_attn.model import abstract_params
 from hybrid_attn.parallel import fit
 from hybrid_attn.trees import check
@@ -20,12 +21,13 @@ Tokenizer = ByteTokenizer | JsonTokenizer
 class Saved(NamedTuple):
     """What a checkpoint holds besides its arrays: its config, the tokenizer's hash, and the completed steps of each stage.
 
-    The config is that of the stage that the checkpoint was saved in.
+    The config is that of the stage that the checkpoint was saved in. `chat_template` wrote the conversations of the training.
     """
 
     config: config.CheckpointConfig
     tokenizer_hash: str | None
     stage_steps: list[int]
+    chat_template: str | None
 
 
 class Loaded(NamedTuple):
@@ -61,11 +63,16 @@ def name_of(directory: str | os.PathLike, step: int) -> str:
     return f"the checkpoint of step {step} in {directory}"
 
 
-def described(directory: str | os.PathLike, step: int) -> tuple[config.CheckpointConfig, Tokenizer]:
+class Described(NamedTuple):
+    config: config.CheckpointConfig
+    tokenizer: Tokenizer
+
+
+def described(directory: str | os.PathLike, step: int) -> Described:
     """Config and tokenizer of the checkpoint of `step` in `directory`, without its parameters: ValueError as `load` has it."""
-    c, trained_hash, _ = saved_of(directory, step)
+    c, trained_hash, *_ = saved_of(directory, step)
     fit.check_model(c.model, jax.sharding.get_mesh().shape)
-    return c, _tokenizer(c, os.fspath(directory), name_of(directory, step), trained_hash)
+    return Described(c, _tokenizer(c, os.fspath(directory), name_of(directory, step), trained_hash))
 
 
 def saved_of(directory: str | os.PathLike, step: int) -> Saved:
@@ -87,7 +94,23 @@ def saved_of(directory: str | os.PathLike, step: int) -> Saved:
     are_counts = isinstance(steps, list) and all(type(x) is int and x >= 0 for x in steps)
     check(are_counts, f"{name} has stage_steps={str(steps)[:50]}, which must be a list of numbers of steps")
     check(len(steps) <= len(c.stages), f"{name} has stage_steps={steps}, and its config has {len(c.stages)} stages")
-    return Saved(c.of_stage(max(len(steps) - 1, 0)), tokenizer_hash, steps)
+    return Saved(c.of_stage(max(len(steps) - 1, 0)), tokenizer_hash, steps, checkpoint.chat_template(data))
+
+
+def fingerprint(directory: str | os.PathLike, step: int) -> str:
+    """What identifies the parameters of a checkpoint; ValueError if it cannot be read."""
+    try:
+        return checkpoint.fingerprint(directory, step)
+    except checkpoint.UnreadableError as cause:
+        raise ValueError(f"{name_of(directory, step)} cannot be read: {cause}; copy it again") from cause
+
+
+def chat_template(directory: str | os.PathLike, step: int, file: str | None = None) -> str | None:
+    """The chat template of `file`, or that of the checkpoint's conversations, or else the tokenizer's own, if there is one."""
+    saved = saved_of(directory, step)
+    if file is None and saved.chat_template is not None:
+        return saved.chat_template
+    return chat.load_template(file, _tokenizer_path(saved.config, os.fspath(directory)))
 
 
 def step_of(directory: str | os.PathLike, step: int | None) -> int:
@@ -120,6 +143,20 @@ def find(directory: str | os.PathLike) -> str:
     raise ValueError(f"{directory} has no complete checkpoint; {cure}")
 
 
+def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) -> tuple[int, str]:
+    """The tokens of a sequence in training, and what says so, of a checkpoint after so many `steps` of ours.
+
+    A model without any was imported, and its own config.json, beside the `checkpoints`, knows better than ours.
+    """
+    path = checkpoints / IMPORTED_FILES / "config.json"
+    if steps == 0 and path.is_file():
+        values = object_of(path.read_bytes(), str(path), "; copy it again from the model")
+        length = config.longest_text(values, path)
+        if length is not None:
+            return length, f"max_position_embeddings of {IMPORTED_FILES}/config.json"
+    return c.stages[c.last_stage(steps)].seq_len, "seq_len of the checkpoint's stage"
+
+
 def stop_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> list[int]:
     """Ids that end an answer: EOS, and every `eos_token_id` in the config files of an imported model.
 
@@ -136,10 +173,19 @@ def stop_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> list[int]
     return sorted(stops)
 
 
+def _own_tokenizer(directory: str) -> str:
+    """Where an imported checkpoint has a copy of its tokenizer."""
+    return os.path.join(directory, IMPORTED_FILES, "tokenizer.json")
+
+
+def _tokenizer_path(c: config.CheckpointConfig, directory: str) -> str:
+    copy = _own_tokenizer(directory)
+    return copy if os.path.isfile(copy) else c.data.tokenizer
+
+
 def _tokenizer(c: config.CheckpointConfig, directory: str, name: str, trained_hash: str | None) -> Tokenizer:
     """The tokenizer of the config, or an imported checkpoint's own copy; ValueError if it is not the one of the training."""
-    copy = os.path.join(directory, IMPORTED_FILES, "tokenizer.json")
-    path = copy if os.path.isfile(copy) else c.data.tokenizer
+    copy, path = _own_tokenizer(directory), _tokenizer_path(c, directory)
     cure = f"put the tokenizer.json that it was trained with at {copy}"
     exists = path == "bytes" or os.path.isfile(path)
     check(exists, f"{name} was trained with the tokenizer {path}, and there is no such file; {cure}")

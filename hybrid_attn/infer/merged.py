@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint with an adapter, merged into its matrices, period by period."""
+"""The parameters of a checkpoint with an adapter or factors, as those of a model of matrices alone, period by period."""
 
 import dataclasses
 import os
@@ -9,21 +9,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hybrid_attn import checkpoint
-from hybrid_attn.config import NO_ADAPTER, Model
+from hybrid_attn.config import DENSE, NO_ADAPTER, Model
 from hybrid_attn.model import abstract_params, specs, transforms
+from hybrid_attn.model.transforms.low_rank import U, V
 from hybrid_attn.trees import check
 
 
-def without_adapter(model: Model) -> Model:
+def of_matrices(model: Model) -> Model:
     """The model whose parameters `Merged` reads; ValueError for an adapter that no matrices can hold."""
     name, mergeable = model.adapter.type, [name for name, x in transforms.TRANSFORMS.items() if x.merged is not None]
     problem = f"an adapter of model.adapter.type={name!r} depends on the token, and no matrix has the same products"
     check(name is None or name in mergeable, f"{problem}; {' and '.join(mergeable)} can be merged")
-    return dataclasses.replace(model, adapter=NO_ADAPTER)
+    return dataclasses.replace(model, adapter=NO_ADAPTER, low_rank=DENSE)
 
 
 class Merged(NamedTuple):
-    """Reads the parameters of the checkpoint of a step of `model`, which may have an adapter."""
+    """Reads the parameters of the checkpoint of a step of `model`, which may have an adapter or factors."""
 
     directory: str | os.PathLike
     step: int
@@ -32,11 +33,15 @@ class Merged(NamedTuple):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every parameter, by name, in the order of the names."""
-        return {name: x.shape for name, x in _flat(abstract_params(without_adapter(self.model))).items()}
+        return {name: x.shape for name, x in _flat(abstract_params(of_matrices(self.model))).items()}
 
     def slices(self, name: str) -> Iterator[np.ndarray]:
         """The periods of a stacked parameter, or all of an unstacked one, as `checkpoint.read_slices` yields them."""
         shapes = {path: x.shape for path, x in _flat(abstract_params(self.model)).items()}
+        if name not in shapes:
+            u, v = (self._read(f"{name}/{factor}", shapes) for factor in (U, V))
+            yield from (np.tensordot(*pair, 1) for pair in zip(u, v, strict=True))
+            return
         group, model = f"{name}{transforms.SUFFIX}/", self.model
         added = {path.removeprefix(group): self._read(path, shapes) for path in shapes if path.startswith(group)}
         if not added:

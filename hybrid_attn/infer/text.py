@@ -39,24 +39,24 @@ class Answer(NamedTuple):
 
 
 def answers(
-    engine, tokenizer, prompts: Sequence[str], max_new_tokens: int,
-    options: AnswerOptions = AnswerOptions(), on_text: Callable[[int, str], None] | None = None,
+    engine, tokenizer, prompts: Sequence[str | list[int]], max_new_tokens: int,
+    options: AnswerOptions = AnswerOptions(), on_text: Callable[[int, str], bool | None] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """The answers of an `Engine`, whose pieces `on_text(index, piece)` gets as they come; ValueError for an empty text."""
-    bos = [tokenizer.bos] * options.bos
-    prompt_ids = [bos + ids for ids in _encoded(tokenizer, "prompt", prompts)]
-    question_ids = options.questions and _encoded(tokenizer, "question", options.questions)
+    """The answers of an `Engine` to prompts of text, or of token ids that need no BOS; ValueError for an empty text.
+
+    `on_text(index, piece)` gets their pieces as they come; if it returns True, the answer ends.
+    """
+    prompt_ids = encoded(tokenizer, "prompt", prompts, [tokenizer.bos] * options.bos)
+    question_ids = options.questions and encoded(tokenizer, "question", options.questions)
     streams = [TextStream(tokenizer, options.stops, ids) for ids in question_ids or prompt_ids]
     texts = ["" for _ in prompts]
 
-    def add(index: int, piece: str) -> None:
+    def add(index: int, piece: str) -> bool | None:
         texts[index] += piece
-        if piece and on_text:
-            on_text(index, piece)
+        return on_text(index, piece) if piece and on_text else None
 
-    def on_tokens(index: int, ids: list[int]) -> bool:
-        add(index, streams[index].add(ids))
-        return streams[index].stopped
+    def on_tokens(index: int, ids: list[int]) -> bool | None:
+        return add(index, streams[index].add(ids)) or streams[index].stopped
 
     more = {"seeds": options.seeds, "questions": question_ids, "on_tokens": on_tokens}
     generated = engine.generate(prompt_ids, max_new_tokens, options=options.generate, **more)
@@ -66,10 +66,13 @@ def answers(
     return [Answer(text, x.tokens[:n], x.logprobs[:n]) for text, n, x in zip(texts, counts, generated, strict=True)]
 
 
-def _encoded(tokenizer, name: str, texts: Sequence[str]) -> list[list[int]]:
-    for i, text in enumerate(texts):
-        check(text != "", f"{name} {i + 1} of {len(texts)} is empty; give it at least one character")
-    return [ids.tolist() for ids in tokenizer.encode_batch([text.encode() for text in texts])]
+def encoded(tokenizer, name: str, prompts: Sequence[str | list[int]], bos: Sequence[int] = ()) -> list[list[int]]:
+    """The ids of each prompt, those of a text after `bos`."""
+    for i, prompt in enumerate(prompts):
+        check(prompt != "", f"{name} {i + 1} of {len(prompts)} is empty; give it at least one character")
+    texts = [prompt.encode() for prompt in prompts if isinstance(prompt, str)]
+    of_texts = iter(tokenizer.encode_batch(texts) if texts else ())
+    return [[*bos, *next(of_texts).tolist()] if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 class TextStream:

@@ -42,9 +42,9 @@ class Execution(NamedTuple):
 
     `transform` and `dot` are extension points, which may change it: training, evaluation and decoding apply both inside the
     layers. `transform` makes the leaves of a layer from those that are stored; in place of a leaf, a group of leaves may be
-    stored under the same name: int8 numbers with scales, factors of low rank. It does not reach the embedding, the table of the
-    logits and the final norm. (`transforms/` has adapters: weights beside a matrix.) `dot` multiplies activations with every
-    matrix of a layer, and with the table of the logits: a product of quantised numbers.
+    stored under the same name: int8 numbers with scales. It does not reach the embedding, the table of the logits and the final
+    norm. (`transforms/` has adapters, weights beside a matrix, and factors in place of one.) `dot` multiplies activations with
+    every matrix of a layer, and with the table of the logits: a product of quantised numbers.
 
     `compiler_options` are XLA's, for the step of training. With `vector_products`, a decoded token is multiplied by batches of
     products of a vector with a matrix (`infer/products.py`), which XLA for CPUs computes on all cores.

@@ -21,7 +21,9 @@ from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
 MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None}
 MESH_AXES |= {"rank": None, "mixture": None}  # of adapters
-WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
+LOW_RANK = "low_rank"  # the axis between two factors of a matrix
+MESH_AXES |= {LOW_RANK: None}
+WIDE = ("embed", "heads", "mlp", LOW_RANK)  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
 # and in the dtype of the activations, as the second factor. It has derivatives.

@@ -183,7 +183,8 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
         weights["unembed"] = embedding(rngs, (model.vocab_size, model.d_model), std)
     if model.adapter.type is not None:
         weights = transforms.with_added(model, weights, rngs)
-    return map_weights(functools.partial(parametrised, model), weights)
+    weights = map_weights(functools.partial(parametrised, model), weights)
+    return weights if model.low_rank.rank_fraction is None else transforms.low_rank.with_factors(model, weights, rngs)
 
 
 def layer_names(letters: str) -> list[tuple[str, str]]:
@@ -348,11 +349,11 @@ def _read_in_zigzag(model: Model, params: dict, batch: dict, execution: Executio
 def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block:
     """The layer of a type, with the execution's `dot` and `moe_kernel`, and with what its `transform` makes of `leaves`."""
     graph, leaves = _graph(model, letter, execution.dot, execution.moe_kernel), execution.transform(leaves)
-    if model.adapter.type is None:
+    if not transforms.changes(model):
         return nnx.merge(graph, leaves)
     leaves, added = transforms.separated(leaves)
     block = nnx.merge(graph, leaves)
-    transforms.attach(model.adapter, block, added)
+    transforms.attach(model, block, added)
     return block
 
 

@@ -1,10 +1,11 @@
 """The first parameters of a run, copied from the checkpoint of another run or of an imported model.
 
 Every parameter is accounted for: one of this model is copied, or `init_from.new` names it; one of the checkpoint is copied, or
-`init_from.ignore` names it, in the form of `names.matching`. An adapter that the checkpoint lacks is new. Only parameters are
-taken: the optimiser state is new.
+`init_from.ignore` names it, in the form of `names.matching`. An adapter that the checkpoint lacks is new. Two factors of low
+rank here come from one matrix there, by its largest singular vectors. Only parameters are taken: the optimiser state is new.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from hybrid_attn import checkpoint, trees
-from hybrid_attn.config import Config, InitFrom, to_dict, with_override
+from hybrid_attn.config import DENSE, Config, InitFrom, to_dict, with_override
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.model import transforms
 from hybrid_attn.model.params import EMBEDDING
 from hybrid_attn.model.transformer import specs
+from hybrid_attn.model.transforms import low_rank
 from hybrid_attn.names import matching, nearest, prefixes
 from hybrid_attn.stored import first_eight, inside
 from hybrid_attn.train.step import TrainState, abstract_state, init_state
@@ -42,8 +44,10 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     expected = flatten_dict(abstract_state(c, mesh).params, sep="/")
     try:
         saved, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
+        shapes_there = checkpoint.read_shapes(directory, step)
+        expected = with_matrices(c, mesh, expected, shapes_there)
         shapes_here = {name: x.shape for name, x in expected.items()}
-        copied, new, ignored = assign(c.init_from, shapes_here, checkpoint.read_shapes(directory, step), source)
+        copied, new, ignored = assign(c.init_from, shapes_here, shapes_there, source)
         params = read_copied(directory, step, copied, expected)
         fingerprint = checkpoint.fingerprint(directory, step)
     except checkpoint.UnreadableError as cause:
@@ -55,9 +59,25 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
     record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
+    if (template := checkpoint.chat_template(data)) is not None:
+        record |= {checkpoint.CHAT_TEMPLATE: template}
     if is_base(c, expected, copied):
         record |= {"path": checkpoint.absolute(directory), checkpoint.IS_BASE: True}
     return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}
+
+
+def dense(c: Config) -> Config:
+    """The config of the run with a matrix in place of its factors."""
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, low_rank=DENSE))
+
+
+def with_matrices(c: Config, mesh: Mesh, expected: dict, there: Shapes) -> dict:
+    """The `expected` parameters, with a matrix in place of two factors where the checkpoint has it."""
+    if c.model.low_rank.rank_fraction is None:
+        return expected
+    of_dense = flatten_dict(abstract_state(dense(c), mesh).params, sep="/")
+    matrices = {name: x for name, x in of_dense.items() if name not in expected and source_of(c.init_from, name) in there}
+    return {name: x for name, x in expected.items() if name.rpartition("/")[0] not in matrices} | matrices
 
 
 def is_base(c: Config, here: Mapping, copied: Mapping[str, str]) -> bool:
@@ -102,13 +122,11 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
     added = {name for name in here if transforms.is_added(name) and name not in there}
     new = matching("init_from.new", init.new, here, "this model") | added
     ignored = matching("init_from.ignore", init.ignore, there, checkpoint_name)
-    sources = {name: name for name in here}
     for old, today in init.renamed:
         for name, names, owner in ((old, there, checkpoint_name), (today, here, "this model")):
             known = any(inside(x, name) for x in names)
             check(known, f"init_from.rename names {name!r}, and {owner} has no such parameter{nearest(name, names)}")
-        sources |= {name: old + name.removeprefix(today) for name in here if inside(name, today)}
-    sources = {name: source for name, source in sources.items() if name not in new}
+    sources = {name: source_of(init, name) for name in here if name not in new}
     copied = {name: source for name, source in sources.items() if source in there and source not in ignored}
     missing = [name for name in sources if name not in copied]
     unused = sorted(there.keys() - ignored - set(copied.values()))
@@ -121,6 +139,12 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
     check(not problems, "\n  ".join([f"init_from: {checkpoint_name} does not have the parameters of this model:", *problems]))
     check(bool(copied), f"init_from: nothing is copied from {checkpoint_name}; if that is intended, leave out init_from.path")
     return copied, sorted(new), sorted(ignored)
+
+
+def source_of(init: InitFrom, name: str) -> str:
+    """The name in the checkpoint of a parameter of this model; the last entry of `rename` that has it counts."""
+    names = [old + name.removeprefix(today) for old, today in init.renamed if inside(name, today)]
+    return names[-1] if names else name
 
 
 def unaccounted(owner: str, names: Sequence[str], of: Iterable[str], key: str, patterns: Sequence[str]) -> list[str]:
@@ -179,7 +203,13 @@ def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def started(c: Config, copied: dict[str, jax.Array]) -> TrainState:
     """The state before the first step with the `copied` parameters, by name, and with the initial values of the others."""
-    params = flatten_dict(init_state(c).params, sep="/") | copied
+    params, matrices = flatten_dict(init_state(c).params, sep="/"), flatten_dict(specs(dense(c).model), sep="/")
+    for name, x in copied.items():
+        if name in params:
+            params[name] = x
+        else:
+            pair = low_rank.decomposed(c.model.low_rank, matrices[name], x, ones=False)
+            params |= {f"{name}/{factor}": y for factor, y in pair.items()}
     return init_state(c, unflatten_dict(params, sep="/"))
 
 

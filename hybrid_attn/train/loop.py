@@ -167,7 +167,7 @@ def loop_of(
         run.checkpoints,
         metrics,
         run.stop,
-        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
+        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded | template(run, step)),
         measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
         is_over=evaluations.is_over,
         state=state,
@@ -379,6 +379,12 @@ def first_state(
         )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
+
+
+def template(run: Run, step: int) -> dict:
+    """A record of the chat template of the conversations that were trained on, for the data state after `step` steps."""
+    text = corpora.chat_template(run.config, run.data.corpora, step)
+    return {} if text is None else {checkpoint.CHAT_TEMPLATE: text}
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:

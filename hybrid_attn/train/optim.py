@@ -11,6 +11,7 @@ import optax
 from hybrid_attn.config import Config, Model, Optim, StageConfig
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import MATRIX, ParamSpec
+from hybrid_attn.model.transforms.low_rank import frobenius_gradients
 from hybrid_attn.train import trainable
 from hybrid_attn.train.muon import rate as rate_of_muon
 from hybrid_attn.train.muon import scale_by_muon
@@ -35,9 +36,21 @@ def chained(
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         _multiplied(scaling, factors),
-        optax.add_decayed_weights(decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
+        _decayed(optim, decay, specs),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def _decayed(optim: Optim, decay: float, specs: dict) -> optax.GradientTransformation:
+    """Adds `decay` times each matrix to its update, and of factors times what `optim.low_rank_decay` says."""
+    each = optax.add_decayed_weights(decay, mask=jax.tree.map(lambda spec: spec.decay, specs))
+    if optim.low_rank_decay == "l2":
+        return each
+
+    def update(updates, state, params):
+        return each.update(updates, state, frobenius_gradients(specs, params))
+
+    return optax.GradientTransformation(each.init, update)
 
 
 def _multiplied(scaling: optax.GradientTransformation, factors: dict) -> optax.GradientTransformation:

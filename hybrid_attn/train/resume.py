@@ -21,7 +21,7 @@ from hybrid_attn.trees import check
 
 OPTIMISER = "optim.optimiser"
 # Of initial parameters and rates alone.
-INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth")
+INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth", "model.low_rank.init")
 LAYOUT = ("model.prefix", "model.pattern")
 Fields = dict[str, object]
 LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same step, is a jump
@@ -121,28 +121,6 @@ def arrays(fields: Fields, c: Config) -> dict | None:
     return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree.leaves_with_path(state)}
 
 
-def other_steps(c: Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
-    """The error for a checkpoint with `done` steps of each stage, where this config has `expected` steps at the same `step`."""
-    last = len(done) - 1
-    if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
-        flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
-        return (
-            f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
-            f"{c.stages[last].steps} there; give {flag}={done[last]} or more{without_tokens(c)}"
-        )
-    needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
-    return (
-        f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
-        f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
-        f"{without_tokens(c)}"
-    )
-
-
-def without_tokens(c: Config) -> str:
-    """What the steps of a stage need beside them where the config gives lengths in tokens."""
-    return " (and tokens=None there)" if any(stage.tokens is not None for stage in c.stages) else ""
-
-
 def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | None:
     """Old and new learning rate of the step after `start`, if they differ by more than `LR_JUMP` of the old one.
 
@@ -234,3 +212,25 @@ def is_skipped(step: int, skipped: Iterable[Range]) -> bool:
 def text_of(skipped: Iterable[Range]) -> str:
     """The form that `parse_steps` reads."""
     return ",".join(f"{first}" if first == last else f"{first}:{last}" for first, last in skipped)
+
+
+def other_steps(c: Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
+    """The error for a checkpoint with `done` steps of each stage, where this config has `expected` steps at the same `step`."""
+    last = len(done) - 1
+    if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
+        flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
+        return (
+            f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
+            f"{c.stages[last].steps} there; give {flag}={done[last]} or more{without_tokens(c)}"
+        )
+    needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
+    return (
+        f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
+        f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
+        f"{without_tokens(c)}"
+    )
+
+
+def without_tokens(c: Config) -> str:
+    """What the steps of a stage need beside them where the config gives lengths in tokens."""
+    return " (and tokens=None there)" if any(stage.tokens is not None for stage in c.stages) else ""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Config, StageConfig
-from hybrid_attn.model import Execution, execution_on, init
+from hybrid_attn.model import Execution, execution_on, init, ranks
 from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train import average, spikes, statistics, trainable
 from hybrid_attn.train.objectives import objective_of
@@ -139,6 +139,8 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
         if execution.statistics:
             trees = {"param_norm": new.params, "grad_norm": learned_grads, "update_norm": updates}
             measured["statistics"] = statistics.of_step(config.model, sums, trees)
+            if config.train.rank_statistics:
+                measured["statistics"] |= ranks.effective_ranks(config.model, new.params)
         return new, metrics | {"param_norm": optax.tree.norm(new.params)} | measured
 
     return step

@@ -14,6 +14,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from hybrid_attn.config import Config
 from hybrid_attn.files import Appended
+from hybrid_attn.model import ranks
 from hybrid_attn.train.statistics import BY_LAYER_TYPE
 
 
@@ -55,5 +56,5 @@ class TensorBoard:
 
 def charts(config: Config) -> dict[str, dict[str, list]]:
     """TensorBoard's layout of custom scalars: for each statistic one chart with a line for each layer type."""
-    letters = sorted(set(config.model.layers))
-    return {"layer types": {name: ["Multiline", [f"^{x}/{name}$" for x in letters]] for name in BY_LAYER_TYPE}}
+    letters, names = sorted(set(config.model.layers)), BY_LAYER_TYPE + ranks.NAMES * config.train.rank_statistics
+    return {"layer types": {name: ["Multiline", [f"^{x}/{name}$" for x in letters]] for name in names}}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_attn.evals.records import grouped
-from hybrid_attn.evals.report import pictures, statistics
+from hybrid_attn.evals.report import pictures, statistics, win_rate
 from hybrid_attn.evals.report.pictures import Line
 from hybrid_attn.evals.report.runs import Run, measured, records_of, sample_of, sequences_of
 from hybrid_attn.evals.report.section import Picture, Section
@@ -77,6 +77,15 @@ def compare_sequences(a: Run, b: Run) -> list[Difference]:
     return differences
 
 
+def compare_wins(a: Run, b: Run) -> list[Difference]:
+    """b against a on the answers of both that a judge compared: their shares of the prompts."""
+    return [
+        _difference(f"win rate on {record['source']}", record["length"], [np.stack([1 - won, won], 1)])
+        for record, log_probs in win_rate.pairs(a, b)
+        for won in [win_rate.wins(log_probs)]
+    ]
+
+
 def _difference(task: str, length: int, cells: Sequence[np.ndarray], loss: bool = False) -> Difference:
     """The mean over tasks of b - a, of each of which there are pairs [n, 2]."""
     intervals = np.array([statistics.paired(pairs[:, 1] - pairs[:, 0], loss) for pairs in cells])
@@ -91,7 +100,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Difference]]:
     """Every further run against the first, by its name."""
     averaged = [evaluation for evaluation in measured(runs) if evaluation.report().mean]
     families = {x.report().mean: {record["task"] for _, record in records_of(runs, x.name)} for x in averaged}
-    return {x.name: compare(runs[0], x, families) + compare_sequences(runs[0], x) for x in runs[1:]}
+    return {x.name: compare(runs[0], x, families) + compare_sequences(runs[0], x) + compare_wins(runs[0], x) for x in runs[1:]}
 
 
 def sentence(first: str, name: str, of_run: Sequence[Difference]) -> str:

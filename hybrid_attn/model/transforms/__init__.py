@@ -1,8 +1,9 @@
-"""Weight transforms: weights beside the matrices of a model, and the products with both.
+"""Weight transforms: weights beside the matrices of a model, or two factors in place of one, and the products with them.
 
 A transform adds a group of weights beside each matrix that `model.adapter.targets` names: beside periods/L0/attention/q the
 group periods/L0/attention/q_adapter. The names of the matrices stay, so that a checkpoint without adapters is the base of one
 with them. Inside a layer the matrix is then multiplied by the transform's `product`.
+Factors (`low_rank.py`) take the name of their matrix.
 """
 
 import functools
@@ -13,16 +14,16 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hybrid_attn.config_model import Adapter, Model
-from hybrid_attn.model.params import MATRIX, ParamSpec
+from hybrid_attn.model.transforms import low_rank
 from hybrid_attn.model.transforms.ia3 import IA3
 from hybrid_attn.model.transforms.lora import LORA
 from hybrid_attn.model.transforms.molora import MOLORA
 from hybrid_attn.model.transforms.mov import MOV
-from hybrid_attn.model.transforms.transform import SUFFIX, Transform
-from hybrid_attn.names import matching
+from hybrid_attn.model.transforms.transform import SUFFIX, Transform, is_plain, targets
 from hybrid_attn.trees import choice
 
-__all__ = ["SUFFIX", "TRANSFORMS", "attach", "is_added", "separated", "takes_adapter", "transform_of", "with_added"]
+__all__ = ["SUFFIX", "TRANSFORMS", "attach", "changes", "is_added", "is_plain", "low_rank", "separated"]
+__all__ += ["transform_of", "with_added"]
 TRANSFORMS: dict[str, Transform] = {"lora": LORA, "ia3": IA3, "mov": MOV, "molora": MOLORA}
 
 
@@ -36,9 +37,9 @@ def is_added(name: str) -> bool:
     return any(part.endswith(SUFFIX) for part in name.split("/"))
 
 
-def takes_adapter(spec: ParamSpec) -> bool:
-    """Whether a weight is a matrix that activations are multiplied with as it is: no matrix of experts or of a router."""
-    return spec.group == MATRIX and spec.active is None and spec.products is None and not spec.exact
+def changes(model: Model) -> bool:
+    """Whether a model has an adapter or factors."""
+    return model.adapter.type is not None or model.low_rank.rank_fraction is not None
 
 
 def with_added(model: Model, weights: dict, rngs: nnx.Rngs) -> dict:
@@ -48,21 +49,24 @@ def with_added(model: Model, weights: dict, rngs: nnx.Rngs) -> dict:
     """
     adapter, numbers = model.adapter, {group: number for group, _, number in model.groups}
     flat = flatten_dict(weights, sep="/")
-    specs = {name: w.spec for name, w in flat.items() if name.split("/")[0] in numbers and takes_adapter(w.spec)}
-    owner = "this model, among the matrices that can have an adapter,"
-    for name in sorted(matching("model.adapter.targets", adapter.targets, specs, owner)):
-        make = functools.partial(transform_of(adapter).weights, adapter, specs[name])
+    for name in targets(model, flat, "model.adapter.targets", adapter.targets, "can have an adapter"):
+        make = functools.partial(transform_of(adapter).weights, adapter, flat[name].spec)
         group = name.split("/")[0]
         flat[f"{name}{SUFFIX}"] = jax.vmap(make)(rngs.split(numbers[group])) if group == "periods" else make(rngs)
     return unflatten_dict(flat, sep="/")
 
 
 def separated(leaves: dict) -> tuple[dict, dict[tuple[str, ...], dict]]:
-    """The leaves of a layer without those that a transform adds, and these by the path of their matrix."""
+    """The leaves of a layer, one for each matrix, and what else its matrices have, by their path.
+
+    That is what an adapter adds, or the second factor.
+    """
     others, added = {}, {}
     for name, leaf in leaves.items():
         if name.endswith(SUFFIX):
             added[(name.removesuffix(SUFFIX),)] = leaf
+        elif low_rank.is_factors(leaf):
+            others[name], added[(name,)] = leaf[low_rank.U], leaf[low_rank.V]
         elif isinstance(leaf, Mapping):
             others[name], inside = separated(leaf)
             added |= {(name, *path): group for path, group in inside.items()}
@@ -71,8 +75,11 @@ def separated(leaves: dict) -> tuple[dict, dict[tuple[str, ...], dict]]:
     return others, added
 
 
-def attach(adapter: Adapter, layer: nnx.Module, added: dict[tuple[str, ...], dict]) -> None:
-    """Has the matrices of a layer be multiplied together with what is added beside them."""
-    for path, group in added.items():
-        product = functools.partial(transform_of(adapter).product, adapter, added=group)
+def attach(model: Model, layer: nnx.Module, added: dict[tuple[str, ...], dict | jax.Array]) -> None:
+    """Has the matrices of a layer be multiplied together with what `separated` says they have."""
+    for path, of_matrix in added.items():
+        if model.adapter.type is None:
+            product = functools.partial(low_rank.product, v=of_matrix)
+        else:
+            product = functools.partial(transform_of(model.adapter).product, model.adapter, added=of_matrix)
         functools.reduce(getattr, path, layer).set_metadata(adapted=product)

@@ -1,6 +1,6 @@
 """What a weight transform is: weights that are added beside a matrix, and the product with all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config_model import Adapter
-from hybrid_attn.model.params import Linear, ParamSpec, Weight, multiply
+from hybrid_attn.config_model import Adapter, Model
+from hybrid_attn.model.params import MATRIX, Linear, ParamSpec, Weight, multiply
+from hybrid_attn.names import matching
 from hybrid_attn.parallel.mesh import spec_of
 
 ROUTER_STD = 0.02
@@ -40,3 +41,18 @@ def gates(z: jax.Array, router: jax.Array, fan_in: int) -> jax.Array:
     sharding = P(*spec_of(z)[: z.ndim - fan_in], None)
     with jax.default_matmul_precision("float32"):
         return jax.nn.softmax(multiply(jax.lax.dot_general, z.astype(jnp.float32), router, fan_in, sharding), -1)
+
+
+def is_plain(spec: ParamSpec) -> bool:
+    """Whether a weight is a matrix that activations are multiplied with as it is: no matrix of experts or of a router."""
+    return spec.group == MATRIX and spec.active is None and spec.products is None and not spec.exact
+
+
+def targets(model: Model, weights: Mapping[str, Weight], field: str, patterns: Sequence[str], can: str) -> list[str]:
+    """The names of the matrices of the layers, plain ones, that a config's `field` names by `patterns`.
+
+    ValueError for a pattern that names none of them; `can` says what the others cannot do.
+    """
+    groups = {group for group, _, _ in model.groups}
+    names = [name for name, w in weights.items() if name.split("/")[0] in groups and is_plain(w.spec)]
+    return sorted(matching(field, patterns, names, f"this model, among the matrices that {can},"))
