@@ -77,12 +77,12 @@ def test_a_sequence_has_the_log_probability_of_a_document_at_its_first_token(tmp
     documents = store.load(path).split(0.5, False)
     sequences = PackedSequences(documents, 64, 3, load_tokenizer("bytes").byte_lengths, references=True)
     for index in range(len(sequences)):
-        whole, *parts = sequences.read([(index, 0, 64), (index, 0, 17), (index, 17, 64)])
-        np.testing.assert_array_equal(np.concatenate([part["references"] for part in parts]), whole["references"])
-        at = np.flatnonzero(whole["references"])
-        np.testing.assert_array_equal(at, np.flatnonzero((whole["positions"] == 0) & (whole["segments"] > 0)))
+        complete, *parts = sequences.read([(index, 0, 64), (index, 0, 17), (index, 17, 64)])
+        np.testing.assert_array_equal(np.concatenate([part["references"] for part in parts]), complete["references"])
+        at = np.flatnonzero(complete["references"])
+        np.testing.assert_array_equal(at, np.flatnonzero((complete["positions"] == 0) & (complete["segments"] > 0)))
         expected = values[documents.numbers[sequences.documents_of(index)]]
-        np.testing.assert_array_equal(whole["references"][at], expected)
+        np.testing.assert_array_equal(complete["references"][at], expected)
 
 
 def test_a_stage_with_stored_references_has_no_reference_in_the_state_and_no_forward_pass_of_it(tmp_path):

@@ -61,8 +61,8 @@ def _check_stage(c: Config, stage: StageConfig, field: str) -> None:
     divides = f"train.checkpoint_every={train.checkpoint_every} does not divide evals.every={every}"
     check(every % train.checkpoint_every == 0, f"{field} returns to a step that was evaluated, and {divides}; use {every}")
     needed = stage.turn_patience * every // train.checkpoint_every + 1
-    kept = f"train.keep={train.keep} deletes the checkpoint before the turn; use {needed} or more"
-    check(train.keep >= needed, f"{field}: {kept}")
+    gone = f"train.keep={train.keep} deletes the checkpoint before the turn; use {needed} or more"
+    check(train.keep >= needed, f"{field}: {gone}")
 
 
 def newest(c: Config, workdir: Path, step: int) -> Turn | None:

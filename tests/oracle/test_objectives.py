@@ -110,11 +110,11 @@ def trainer_of(folder, model, reference, pairs, settings):
     return trainer
 
 
-def assert_same(folder, model, model_type, found, loss, theirs):
-    """`found` is our loss and gradient; the library's are `loss`, and those of the parameters of its model `theirs`."""
-    assert found[0] == pytest.approx(loss.item(), rel=2e-5)
+def assert_same(folder, model, model_type, computed, loss, theirs):
+    """`computed` is our loss and gradient; the library's are `loss`, and those of the parameters of its model `theirs`."""
+    assert computed[0] == pytest.approx(loss.item(), rel=2e-5)
     loss.backward()
-    write(folder / "gradient", model, found[1], model_type)
+    write(folder / "gradient", model, computed[1], model_type)
     gradients = {
         k: x for path in (folder / "gradient").glob("*.safetensors") for k, x in safetensors.numpy.load_file(path).items()
     }
@@ -140,10 +140,10 @@ def test_a_batch_of_pairs_has_the_loss_and_the_gradient_of_trl(name, number, mod
     model, model_type, (params, folder), (reference, of_reference) = models
     pairs, (theirs, settings) = drawn_pairs(), TRL[name]
     stage = {"objective": name, "preference": base.preference(**settings)}
-    found = ours(model, params, reference, stage, packed(rows_of(pairs, number)))
+    computed = ours(model, params, reference, stage, packed(rows_of(pairs, number)))
     trainer = trainer_of(tmp_path, opened(folder), opened(of_reference), pairs, theirs)
     inputs = trainer.data_collator(list(trainer.train_dataset))
-    assert_same(tmp_path, model, model_type, found, trainer.compute_loss(trainer.model, inputs), trainer.model)
+    assert_same(tmp_path, model, model_type, computed, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
 @pytest.mark.parametrize("name", OF_ONE_PAIR)
@@ -151,10 +151,10 @@ def test_a_pair_has_the_smoothed_loss_and_the_sum_with_nll_of_trl(name, models, 
     model, model_type, (params, folder), (reference, of_reference) = models
     pairs, (theirs, settings) = drawn_pairs()[:1], OF_ONE_PAIR[name]
     stage = {"objective": name, "preference": base.preference(**settings)}
-    found = ours(model, params, reference, stage, packed(rows_of(pairs, 1)))
+    computed = ours(model, params, reference, stage, packed(rows_of(pairs, 1)))
     trainer = trainer_of(tmp_path, opened(folder), opened(of_reference), pairs, theirs)
     inputs = trainer.data_collator(list(trainer.train_dataset))
-    assert_same(tmp_path, model, model_type, found, trainer.compute_loss(trainer.model, inputs), trainer.model)
+    assert_same(tmp_path, model, model_type, computed, trainer.compute_loss(trainer.model, inputs), trainer.model)
 
 
 @pytest.mark.parametrize("average_over", ["tokens", "documents"])
@@ -164,7 +164,7 @@ def test_sft_has_the_loss_and_the_gradient_of_transformers(average_over, number,
     model, model_type, (params, folder), _ = models
     documents = [(prompt, chosen) for prompt, chosen, _ in drawn_pairs()]
     rows = [documents[i : i + number] for i in range(0, len(documents), number)]
-    found = ours(model, params, None, {"objective": "sft", "average_over": average_over}, packed(rows))
+    computed = ours(model, params, None, {"objective": "sft", "average_over": average_over}, packed(rows))
     theirs = opened(folder)
 
     def loss_of(part):
@@ -176,4 +176,4 @@ def test_sft_has_the_loss_and_the_gradient_of_transformers(average_over, number,
 
     parts = [documents] if average_over == "tokens" else [[x] for x in documents]
     loss = sum(loss_of(part) for part in parts) / len(parts)
-    assert_same(tmp_path, model, model_type, found, loss, theirs)
+    assert_same(tmp_path, model, model_type, computed, loss, theirs)
