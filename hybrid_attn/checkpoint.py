@@ -270,10 +270,22 @@ def _base(path) -> Base | None:
     return base
 
 
+def _agreed_base(path) -> Base:
+    """`_base` of a checkpoint that has one; it fails in every process of the run if it fails in one of them."""
+    base, failure = None, None
+    try:
+        base = _base(path)
+    except ValueError as cause:
+        failure = cause
+    if not stored.agree(failure is None):
+        raise failure or UnreadableError("another process could not read it")
+    return base
+
+
 def _of_base(path, abstract_params: dict) -> dict:
     """Parameters of the base of the checkpoint at a path; ValueError if it cannot be read."""
     try:
-        base = _base(path)
+        base = _agreed_base(path)
         return read_params(base.directory, abstract_params, base.step)
     except UnreadableError as cause:
         record = _base_record(path)

@@ -28,7 +28,8 @@ TARGETS = ("*/attention/q", "*/attention/o", "*/mlp/down")
 
 
 def with_adapter(type="lora", targets=TARGETS):
-    return dataclasses.replace(HYBRID, adapter=dataclasses.replace(NO_ADAPTER, type=type, targets=targets, rank=3, alpha=6.0))
+    settings = {"rank": 3, "alpha": 6.0} if type == "lora" else {}
+    return dataclasses.replace(HYBRID, adapter=dataclasses.replace(NO_ADAPTER, type=type, targets=targets, **settings))
 
 
 def saved(folder, model, params):

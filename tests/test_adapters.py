@@ -28,19 +28,25 @@ from hybrid_attn.config import NO_ADAPTER
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.model import flops, init, specs, transforms
 from hybrid_attn.model.params import linear
+from hybrid_attn.model.transforms.transform import SETTINGS
 from hybrid_attn.train import trainable
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.optim import OPTIMISERS
 from hybrid_attn.train.step import init_state, loss_and_gradient, make_step
 
 WITH_BYTES = BATCH | {"bytes": np.ones_like(BATCH["weights"])}
-LORA = {"model.adapter.type": "lora", "model.adapter.rank": 3, "model.adapter.alpha": 12.0}
+TYPE = "model.adapter.type"
+LORA = {TYPE: "lora", "model.adapter.rank": 3, "model.adapter.alpha": 12.0}
 EVERYWHERE = {"model.adapter.targets": ("*/attention/*", "*/mlp/*")}
 SIZES = {"model.num_layers": 3, "model.num_heads": 4, "model.num_kv_heads": 2}
 
 
 def config_of(changes=None):
-    return tiny(SIZES | LORA | EVERYWHERE | (changes or {}), G={"gate": "head"})
+    """With the settings of `LORA`, where its type is another, only if that reads them or `changes` has them."""
+    values = LORA | (changes or {})
+    read = transforms.TRANSFORMS[values[TYPE]].reads if values[TYPE] in transforms.TRANSFORMS else ()
+    unread = {f"model.adapter.{name}" for name in SETTINGS if name not in read} - (changes or {}).keys()
+    return tiny({key: x for key, x in (SIZES | EVERYWHERE | values).items() if key not in unread}, G={"gate": "head"})
 
 
 def merged(model: config.Model, params: dict) -> dict:
@@ -246,6 +252,7 @@ def test_a_mixture_is_that_of_its_products_one_by_one(type, one_device):
         ),
         ({"model.adapter.targets": ("embed",)}, "targets names 'embed', and this model, among the matrices"),
         ({"model.adapter.targets": ("*/norm/weight",)}, r"targets names '\*/norm/weight', and this model, among the matrices"),
+        ({TYPE: "mov", "model.adapter.rank": 4}, "^model.adapter.rank=4, and the type 'mov' does not read it; leave it at 8"),
         ({"model.adapter.targets": ()}, "^adapter.targets is empty; name the matrices"),
         ({"optim.ema_half_life": 0.5}, "ema_half_life=0.5 averages all parameters, .*; leave it at None"),
         (

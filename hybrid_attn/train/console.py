@@ -50,6 +50,7 @@ def description(
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)"
         f"{'' if active == total else f', of which a token uses {active:,}'}",
         f"layout       {model.layers}: {layer_types}{of}",
+        *adapter(c),
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
         f"kernel       {execution.kernel} on {device.platform}; "
         f"activations {execution.dtype}, parameters float32, remat {remat}",
@@ -64,6 +65,13 @@ def description(
         f"peak         {peak}",
         f"workdir      {workdir}",
     ]
+
+
+def adapter(c: Config) -> Iterator[str]:
+    """A line for an adapter: what it stands beside."""
+    if (type := c.model.adapter.type) is not None:
+        path, untrained = c.init_from.path, "initial values, which do not train: name a model with init_from.path"
+        yield f"adapter      {type} beside {', '.join(c.model.adapter.targets)}, of {path or untrained}"
 
 
 def sources(sequences: MixedSequences, number: int, stage: str) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 A transform adds a group of weights beside each matrix that `model.adapter.targets` names: beside periods/L0/attention/q the
 group periods/L0/attention/q_adapter. The names of the matrices stay, so that a checkpoint without adapters is the base of one
-with them. Inside a layer the matrix is then multiplied by the transform's `product`.
-Factors (`low_rank.py`) take the name of their matrix.
+with them. Inside a layer the matrix is then multiplied by the transform's `product`. Factors (`low_rank.py`) take the name of
+their matrix.
 """
 
 import functools
@@ -13,14 +13,15 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hybrid_attn.config import NO_ADAPTER
 from hybrid_attn.config_model import Adapter, Model
 from hybrid_attn.model.transforms import low_rank
 from hybrid_attn.model.transforms.ia3 import IA3
 from hybrid_attn.model.transforms.lora import LORA
 from hybrid_attn.model.transforms.molora import MOLORA
 from hybrid_attn.model.transforms.mov import MOV
-from hybrid_attn.model.transforms.transform import SUFFIX, Transform, is_plain, targets
-from hybrid_attn.trees import choice
+from hybrid_attn.model.transforms.transform import SETTINGS, SUFFIX, Transform, is_plain, targets
+from hybrid_attn.trees import check, choice
 
 __all__ = ["SUFFIX", "TRANSFORMS", "attach", "changes", "is_added", "is_plain", "low_rank", "separated"]
 __all__ += ["transform_of", "with_added"]
@@ -45,9 +46,13 @@ def changes(model: Model) -> bool:
 def with_added(model: Model, weights: dict, rngs: nnx.Rngs) -> dict:
     """The `Weight`s of a model, and beside each target of its adapter those that the transform adds.
 
-    ValueError for a target that names no matrix which can have an adapter.
+    ValueError for a target that names no matrix which can have an adapter, and for a setting that the transform does not read.
     """
     adapter, numbers = model.adapter, {group: number for group, _, number in model.groups}
+    for name in SETTINGS:
+        value, default, is_read = getattr(adapter, name), getattr(NO_ADAPTER, name), name in transform_of(adapter).reads
+        unread = f"model.adapter.{name}={value}, and the type {adapter.type!r} does not read it; leave it at {default}"
+        check(is_read or value == default, unread)
     flat = flatten_dict(weights, sep="/")
     for name in targets(model, flat, "model.adapter.targets", adapter.targets, "can have an adapter"):
         make = functools.partial(transform_of(adapter).weights, adapter, flat[name].spec)

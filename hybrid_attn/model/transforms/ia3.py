@@ -32,4 +32,4 @@ def merged(adapter: Adapter, spec: ParamSpec, weight: np.ndarray, added: dict[st
     return weight * (scale.reshape(*scale.shape, *others) if spec.writes_residual else scale)
 
 
-IA3 = Transform(weights, product, merged)
+IA3 = Transform(weights, product, merged, reads=())

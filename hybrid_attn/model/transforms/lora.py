@@ -35,4 +35,4 @@ def merged(adapter: Adapter, spec: ParamSpec, weight: np.ndarray, added: dict[st
     return weight + np.float32(adapter.alpha / adapter.rank) * np.tensordot(added["a"], added["b"], 1)
 
 
-LORA = Transform(weights, product, merged)
+LORA = Transform(weights, product, merged, reads=("rank", "alpha"))

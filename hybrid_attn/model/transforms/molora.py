@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config_model import Adapter
 from hybrid_attn.model.params import Linear, ParamSpec, Weight, linear, multiply
 from hybrid_attn.model.transforms.lora import STD
-from hybrid_attn.model.transforms.transform import ROUTER_STD, Transform, gates
+from hybrid_attn.model.transforms.transform import ROUTER_STD, SETTINGS, Transform, gates
 from hybrid_attn.parallel.mesh import spec_of
 
 
@@ -33,4 +33,4 @@ def product(adapter: Adapter, weight: Linear, added: dict[str, jax.Array], x: ja
     return weight.product(x, sharding) + adapter.alpha / adapter.rank * y
 
 
-MOLORA = Transform(weights, product, None)
+MOLORA = Transform(weights, product, None, reads=SETTINGS)

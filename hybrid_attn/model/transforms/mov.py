@@ -38,4 +38,4 @@ def _mixed(added: dict[str, jax.Array], z_BTNH: jax.Array) -> jax.Array:
     return z_BTNH * sum(p_BTNE[..., e, None] * scales_NEH[..., e, :] for e in range(p_BTNE.shape[-1]))
 
 
-MOV = Transform(weights, product, None)
+MOV = Transform(weights, product, None, reads=("experts",))

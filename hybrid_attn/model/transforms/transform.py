@@ -14,6 +14,7 @@ from hybrid_attn.names import matching
 from hybrid_attn.parallel.mesh import spec_of
 
 ROUTER_STD = 0.02
+SETTINGS = "rank", "alpha", "experts"
 SUFFIX = "_adapter"  # of the name of the group that stands beside the matrix in the parameters
 
 
@@ -28,12 +29,14 @@ class Product(Protocol):
 class Transform(NamedTuple):
     """A weight transform; `weights` makes what it adds beside a matrix of this spec, by name, with its initial values.
 
-    `merged` is one matrix, on the host, with the same product; it is None where there is none.
+    `merged` is one matrix, on the host, with the same product; it is None where there is none. `reads` are the `SETTINGS` of
+    the adapter that the transform reads.
     """
 
     weights: Callable[[Adapter, ParamSpec, nnx.Rngs], dict[str, Weight]]
     product: Product
     merged: Callable | None
+    reads: tuple[str, ...]
 
 
 def gates(z: jax.Array, router: jax.Array, fan_in: int) -> jax.Array:
