@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 
 from hybrid_attn import checkpoint, config
 from hybrid_attn.configs import base
-from hybrid_attn.evals.provenance import trained_length
 from hybrid_attn.infer import loading
 from hybrid_attn.train.schedule import schedule
 
@@ -49,7 +48,7 @@ def get_config(argument: str):
     index, done = max(len(saved.stage_steps) - 1, 0), sum(saved.stage_steps)
     values = checkpoint.read_config(directory, step)
     trained, of_stage = config.build(values), config.with_override(values, index)
-    length, _ = trained_length(saved.config, Path(directory), done)
+    length, _ = loading.trained_length(saved.config, Path(directory), done)
     c = base.get_config()
     for group in ("model", "data", "train", "mesh", "optim"):
         c[group] = ConfigDict(of_stage[group])

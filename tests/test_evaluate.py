@@ -225,7 +225,7 @@ def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are
         assert evaluate.lengths([64]) == {"lengths": (16, 64, 128), "engine_lengths": (2048,)}
         assert evaluate.lengths([16_384]) == {"lengths": (4096, 16_384, 32_768), "engine_lengths": (4096, 16_384)}
         assert evaluate.lengths([16_384, 64, 64])["lengths"] == (16, 64, 128, 4096, 16_384, 32_768)
-    assert "twice as many; of needle, ruler, harness the first two, from 2,048 on." in flags.FLAGS["lengths"].help
+    assert "twice as many; of needle, ruler, win_rate, harness the first two, from 2,048 on." in flags.FLAGS["lengths"].help
 
 
 def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(evaluate, models):

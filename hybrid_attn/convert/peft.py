@@ -3,6 +3,7 @@
 A of a module is [r, fan-in] there and B [fan-out, r]. Beside a matrix of the parameters stand "a" and "b" (model/transforms).
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.config import Adapter, Model
+from hybrid_attn.config import NO_ADAPTER, Adapter, Model
 from hybrid_attn.convert import families, hf
 from hybrid_attn.files import read_object, write_atomically
 from hybrid_attn.trees import check
@@ -95,7 +96,8 @@ def read(
     others = sorted(tensors.keys() - used)
     check(not others, f"{directory} has tensors of no matrix of this model that takes an adapter: {', '.join(others[:3])}")
     check(bool(arrays), f"{directory} has no tensors")
-    return Adapter("lora", tuple(sorted(arrays)), rank, float(alpha), 1), arrays
+    adapter = dataclasses.replace(NO_ADAPTER, type="lora", targets=tuple(sorted(arrays)), rank=rank, alpha=float(alpha))
+    return adapter, arrays
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

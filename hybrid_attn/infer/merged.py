@@ -1,6 +1,7 @@
 """The parameters of a checkpoint with an adapter or factors, as those of a model of matrices alone, period by period."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -33,11 +34,11 @@ class Merged(NamedTuple):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every parameter, by name, in the order of the names."""
-        return {name: x.shape for name, x in _flat(abstract_params(of_matrices(self.model))).items()}
+        return _shapes(of_matrices(self.model))
 
     def slices(self, name: str) -> Iterator[np.ndarray]:
         """The periods of a stacked parameter, or all of an unstacked one, as `checkpoint.read_slices` yields them."""
-        shapes = {path: x.shape for path, x in _flat(abstract_params(self.model)).items()}
+        shapes = _shapes(self.model)
         if name not in shapes:
             u, v = (self._read(f"{name}/{factor}", shapes) for factor in (U, V))
             yield from (np.tensordot(*pair, 1) for pair in zip(u, v, strict=True))
@@ -53,17 +54,23 @@ class Merged(NamedTuple):
 
     def targets(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the matrices that have an adapter, by name."""
-        names = _flat(abstract_params(self.model))
-        added = {name.rpartition("/")[0].removesuffix(transforms.SUFFIX) for name in names if transforms.is_added(name)}
-        return {name: names[name].shape for name in sorted(added)}
+        shapes = _shapes(self.model)
+        added = {name.rpartition("/")[0].removesuffix(transforms.SUFFIX) for name in shapes if transforms.is_added(name)}
+        return {name: shapes[name] for name in sorted(added)}
 
     def added(self, name: str, part: str) -> Iterator[np.ndarray]:
         """The periods of one of the weights beside a matrix, as `slices` yields them."""
         path = f"{name}{transforms.SUFFIX}/{part}"
-        return self._read(path, {path: _flat(abstract_params(self.model))[path].shape})
+        return self._read(path, _shapes(self.model))
 
     def _read(self, name: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
         return checkpoint.read_slices(self.directory, name, shapes[name], self.step)
+
+
+@functools.cache
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Of every parameter, by name; traced once, and not for each parameter that is read."""
+    return {name: x.shape for name, x in _flat(abstract_params(model)).items()}
 
 
 def _flat(tree: dict) -> dict:
