@@ -41,6 +41,11 @@ EVERYWHERE = {"model.adapter.targets": ("*/attention/*", "*/mlp/*")}
 SIZES = {"model.num_layers": 3, "model.num_heads": 4, "model.num_kv_heads": 2}
 
 
+def of_types(*fast):
+    """All types of adapters; those that are not `fast` for slow tests."""
+    return [*fast, *(pytest.param(x, marks=pytest.mark.slow) for x in transforms.TRANSFORMS if x not in fast)]
+
+
 def config_of(changes=None):
     """With the settings of `LORA`, where its type is another, only if that reads them or `changes` has them."""
     values = LORA | (changes or {})
@@ -73,7 +78,7 @@ def without(c: config.Config) -> config.Config:
     return dataclasses.replace(c, model=dataclasses.replace(c.model, adapter=NO_ADAPTER))
 
 
-@pytest.mark.parametrize("type", transforms.TRANSFORMS)
+@pytest.mark.parametrize("type", of_types("lora", "mov"))
 def test_an_adapter_starts_as_nothing_and_the_model_beside_it_as_without_one(type, one_device):
     c = config_of({"model.adapter.type": type, "model.adapter.experts": 2, "model.num_layers": 2})
     params, plain = (init(x.model, jax.random.key(1)) for x in (c, without(c)))
@@ -89,7 +94,7 @@ def test_an_adapter_starts_as_nothing_and_the_model_beside_it_as_without_one(typ
             assert bool(jnp.abs(grad).max() > 1e-7) == name.endswith(("/b", "/scale", "/scales")), name
 
 
-@pytest.mark.parametrize("type", ["lora", "ia3"])
+@pytest.mark.parametrize("type", ["lora", pytest.param("ia3", marks=pytest.mark.slow)])
 def test_every_matrix_of_a_layer_can_have_an_adapter_and_the_merged_model_is_the_same(type, one_device):
     c = config_of({"model.adapter.type": type})
     params, batch = random_params(c.model), on_mesh(BATCH)
@@ -109,7 +114,7 @@ def test_every_matrix_of_a_layer_can_have_an_adapter_and_the_merged_model_is_the
     assert_close(leaves["o_adapter"]["a"], scale * np.einsum("pnhd,prd->pnhr", of_merged["o"], b), 1e-4)
 
 
-@pytest.mark.parametrize("type", ["lora", "mov", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ia3", "molora"))])
+@pytest.mark.parametrize("type", of_types("lora"))
 def test_a_step_on_eight_devices_is_that_on_one(type):
     some = {"model.num_layers": 2, "model.adapter.targets": ("*/L0/attention/[kvo]", "*/G1/mlp/*"), "model.adapter.experts": 2}
     c = config_of(some | {"optim.lr": 0.01, "optim.warmup_steps": 0, "model.adapter.type": type})
@@ -180,7 +185,7 @@ def test_flops_and_parameters_count_the_adapter(one_device):
     assert counts[0] - counts[1] == 2 * added
 
 
-@pytest.mark.parametrize("type", ["lora", "mov", "molora"])
+@pytest.mark.parametrize("type", of_types("lora"))
 def test_decoding_takes_the_adapter(type, one_device):
     targets = {"model.adapter.targets": ("*/q", "*/o", "*/down")}
     c = config_of(targets | {"model.adapter.type": type, "model.adapter.experts": 2})
@@ -194,7 +199,7 @@ PAIRS = {  # of a mixture of one, and the leaves that the adapter without a mixt
 }
 
 
-@pytest.mark.parametrize("type", PAIRS)
+@pytest.mark.parametrize("type", ["molora", pytest.param("mov", marks=pytest.mark.slow)])
 def test_a_mixture_of_one_is_the_adapter_without_a_mixture(type, one_device):
     c, (other, leaves) = config_of({"model.adapter.type": type, "model.adapter.experts": 1, "model.num_layers": 2}), PAIRS[type]
     params = random_params(c.model)
@@ -287,7 +292,7 @@ def test_experts_and_routers_take_no_adapter():
     assert matrices == {f"periods/{x}/mlp/shared/{y}_adapter" for x in ("L0", "G1") for y in ("gate", "up", "down")}
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimiser", ["adamw", *(pytest.param(x, marks=pytest.mark.slow) for x in OPTIMISERS if x != "adamw")])
 def test_every_optimiser_takes_a_mixture_of_adapters(optimiser, one_device):
     mixture = {"model.adapter.type": "molora", "model.adapter.experts": 2, "optim.optimiser": optimiser}
     c = config_of(mixture)

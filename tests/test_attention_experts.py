@@ -55,7 +55,7 @@ def activations(model, params, seed=0):
     return np.asarray(apply(model, params, batch["tokens"], batch["positions"], batch["segments"], REFERENCE))
 
 
-@pytest.mark.parametrize("block, kv_heads", [("parallel", 2), ("pre", 1)])
+@pytest.mark.parametrize("block, kv_heads", [("parallel", 2), pytest.param("pre", 1, marks=pytest.mark.slow)])
 def test_identical_experts_are_the_dense_model_for_any_router(block, kv_heads, one_device):
     dense, mixture = models(**{"model.block": block, "model.num_kv_heads": kv_heads})
     params = random_params(dense)
@@ -89,7 +89,7 @@ def test_the_metric_of_equal_logits_is_a_mean_over_the_layers_with_attention_exp
     assert expert_metrics.metrics({"nll": 1.0}) == {}
 
 
-@pytest.mark.parametrize("expert", [0, 2])
+@pytest.mark.parametrize("expert", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_gates_that_are_all_on_one_expert_give_the_model_of_that_expert(expert, one_device, monkeypatch):
     dense, mixture = models()
     dense_params = [random_params(dense, seed) for seed in range(3)]

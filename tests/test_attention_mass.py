@@ -165,7 +165,11 @@ def dense_values(name, spec):
 
 
 @pytest.mark.parametrize(
-    "name, sizes", [("everything", {}), ("everything", {"data": 2, "context": 2, "tensor": 2}), ("chunks", {"fsdp": 2})]
+    "name, sizes",
+    [
+        ("everything", {"data": 2, "context": 2, "tensor": 2}),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("everything", {}), ("chunks", {"fsdp": 2}))),
+    ],
 )
 def test_records_are_the_means_of_dense_shares(name, sizes):
     spec, mesh, model = Spec(Task("recall", 4), 64, 3 * 64), mesh_of(**sizes), MODELS[name]

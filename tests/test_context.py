@@ -91,7 +91,7 @@ def test_full_causal_attention_with_every_scheme_equals_one_device(scheme, zigza
     assert_as_on_one_device(scheme, zigzag, softcap=2.0 if zigzag else None, sinks=True)
 
 
-@pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
+@pytest.mark.parametrize("scheme", ["gather", "ulysses", pytest.param("ring", marks=pytest.mark.slow)])
 def test_a_window_with_every_scheme_equals_one_device(scheme):
     assert_as_on_one_device(scheme, True, window=SHARD + 3)
 
@@ -117,7 +117,7 @@ def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_c
 SHARDS = ({"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8})
 SHARDED = [(scheme, sizes) for scheme in ("halo", "gather", "ring") for sizes in SHARDS]
 # A ring of eight is in tests/test_meshes.py too, and gathering is simpler than a halo and a ring.
-SLOW = [("ring", SHARDS[2]), ("gather", SHARDS[0]), ("gather", SHARDS[1])]
+SLOW = [("ring", SHARDS[0]), ("ring", SHARDS[2]), ("gather", SHARDS[0]), ("gather", SHARDS[1])]
 SHARDED = [pytest.param(*x, marks=pytest.mark.slow) if x in SLOW else x for x in SHARDED]
 
 
@@ -180,7 +180,7 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(zigzag):
         assert biggest("ring") < B * T * K * H <= biggest("gather")
 
 
-@pytest.mark.parametrize("kernel_pass", ["forward", "backward"])
+@pytest.mark.parametrize("kernel_pass", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_zigzag_ring_runs_a_kernel_for_each_pair_of_slices_that_see_each_other(kernel_pass, monkeypatch):
     calls, kernel, shards = [], kernels.KERNELS["blocked"], 4
 

@@ -150,7 +150,10 @@ COMPRESSIONS = {
 }
 
 
-@pytest.mark.parametrize("method", COMPRESSIONS)
+FAST = "snapkv", "streaming"
+
+
+@pytest.mark.parametrize("method", [*FAST, *(pytest.param(x, marks=pytest.mark.slow) for x in COMPRESSIONS if x not in FAST)])
 def test_compression_changes_long_prompts_alone(engine, method):
     question, options = [[7, 8]] * len(PROMPTS), GenerateOptions(compression=COMPRESSIONS[method])
     prompts = [*PROMPTS[:6], PROMPTS[6] * 3]
@@ -180,7 +183,7 @@ def test_a_compressed_prompt_is_attended_to_as_its_kept_tokens(engine):
     )
 
 
-@pytest.mark.parametrize("heads", [(4, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=str)
 def test_one_prompt_is_compressed_whatever_its_heads(heads):
     c = config_of(**{"model.num_heads": heads[0], "model.num_kv_heads": heads[1]})
 

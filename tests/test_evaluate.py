@@ -153,6 +153,7 @@ def test_losses_are_measured_on_the_files_that_a_flag_names(evaluate, models, tm
     assert context.heldout["mine"].lengths.tolist() == [30 * 16 + 2] and [*about["heldout"]] == ["mine"]
 
 
+@pytest.mark.slow
 def test_the_command_beside_a_figure_measures_the_same(evaluate, models, tmp_path, monkeypatch):
     planned = planned_of(evaluate, monkeypatch)
     question = {"question": "What?", "answers": [{"text": "words"}], "is_impossible": False}

@@ -126,7 +126,7 @@ def test_a_cached_forward_pass_in_bfloat16_keeps_float32_leaves(one_device):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=marks_of(name in ("cohere", "llama_llama3", "olmo3", "smollm3_window")))
+        pytest.param(name, marks=marks_of(name not in ("afmoe", "cohere2", "gemma3_text")))
         for name in ("afmoe", "cohere", "cohere2", "exaone4", "gemma3_text", "llama_llama3", "olmo3", "smollm3_window")
     ],
 )
@@ -147,7 +147,7 @@ def test_sequences_of_every_family_in_chunks_give_what_the_forward_pass_gives(fa
     "name, sizes",
     [
         ("everything", {"context": 4}),
-        ("everything", {"context": 2, "tensor": 2, "fsdp": 2}),
+        pytest.param("everything", {"context": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow),
         ("chunks", {"data": 2, "context": 3}),
     ],
 )

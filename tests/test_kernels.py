@@ -105,7 +105,7 @@ def test_every_kernel_equals_reference_in_values_and_gradients(kernel, window, s
         assert not any(np.any(np.asarray(grad, np.float32)[seg == 0]) for grad in got["grads"][:3])
 
 
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("window", [300, pytest.param(None, marks=pytest.mark.slow)])
 def test_blocked_equals_reference_over_several_blocks_and_tiles_of_the_sizes_that_it_runs_with(window, monkeypatch):
     monkeypatch.undo()
     rng, lengths = np.random.default_rng(0), (1500, 1, 1700, 100)  # the last of padding

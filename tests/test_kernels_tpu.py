@@ -38,7 +38,12 @@ def arrays(*names, dtype=jnp.float32, seed=0):
 
 @pytest.mark.parametrize(
     "window, softcap, dtype",
-    [(None, None, "float32"), (1, None, "float32"), (100, 1.5, "float32"), (400, None, "float32"), (100, 1.5, "bfloat16")],
+    [
+        (None, None, "float32"),
+        (1, None, "float32"),
+        (100, 1.5, "bfloat16"),
+        *(pytest.param(*x, "float32", marks=pytest.mark.slow) for x in ((100, 1.5), (400, None))),
+    ],
 )
 def test_splash_equals_reference_in_values_and_gradients(window, softcap, dtype):
     q, k, v, pos, seg = arrays(*LAYOUTS, dtype=dtype)

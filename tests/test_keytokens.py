@@ -60,7 +60,7 @@ def by_hand(eval_model, rows):
     return np.array(found), looked
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 2}])
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"data": 2, "context": 2}, marks=pytest.mark.slow)])
 def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, monkeypatch):
     monkeypatch.setattr(keytokens, "SLIDE", SHORT // SLIDE)
     spec, mesh = Spec(documents(), LENGTH, 4 * LENGTH - 5), mesh_of(**sizes)

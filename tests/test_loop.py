@@ -39,7 +39,7 @@ def straight(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_resumed_run_has_the_losses_of_a_straight_one_bit_for_bit(corpus, straight, tmp_path, monkeypatch, capsys, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -90,6 +90,7 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
         assert losses(tmp_path / f"stopped{step}") == losses(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_run_on_synthetic_sequences_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
     sources = {"probe": base.source(task="recall", pairs=2), "text": base.source(paths=(corpus,))}
     mixed = stage(STEPS, 48, 8) | {"mixture": {"probe": 0.5, "text": 0.5}}
@@ -165,7 +166,9 @@ def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_nex
     assert list(losses(tmp_path)) == list(range(1, done + 2))
 
 
-@pytest.mark.parametrize("identity", [{}, {"objective": "next_token"}], ids=["older", "saved"])
+@pytest.mark.parametrize(
+    "identity", [pytest.param({}, id="older", marks=pytest.mark.slow), pytest.param({"objective": "next_token"}, id="saved")]
+)
 def test_the_objective_of_a_stage_in_its_middle_cannot_change_and_older_checkpoints_have_next_token(identity, tmp_path):
     c = tiny({"stages": [stage(4, 48, 8)]})
     mesh = make_mesh(c.mesh)
@@ -188,6 +191,7 @@ def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, ca
     assert {"loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "step_time", "mfu", "data_wait"} <= set(first)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_product_of_its_execution(corpus, tmp_path):
     """The products of training have 48 tokens of a sequence, those of evaluation 96."""
     lengths = set()

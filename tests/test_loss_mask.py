@@ -357,7 +357,7 @@ def test_parts_and_meshes_give_the_gradient_of_one_device_and_one_part():
         assert_close(other_mean, mean, 1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_batch_without_weight_has_no_loss_and_no_gradient_and_the_state_stays_finite(microbatches):
     c, empty = config_of(microbatches), BATCH | {name: np.zeros_like(BATCH[name]) for name in ("weights", "bytes")}
     with jax.set_mesh(mesh_of()):

@@ -122,7 +122,9 @@ def check_dense_loop(case, kernel):
     assert_close(grads, expected, 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["DeepSeek", "gpt-oss", "Qwen", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Mixtral", "Switch", "all"))]
+)
 def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, one_device):
     check_dense_loop(case, "blocked")
 
@@ -179,6 +181,7 @@ def test_every_mesh_computes_the_loss_the_metrics_and_the_gradients_of_one_devic
     assert_close(results_on(sizes, with_experts().model, ZIGZAG), on_one_device, 1e-5)
 
 
+@pytest.mark.slow
 def test_another_product_is_used_with_the_matrices_of_experts(one_device, on_one_device):
     c, shapes = with_experts(), set()
 
@@ -203,7 +206,10 @@ def test_padding_is_routed_nowhere_and_changes_nothing(one_device, on_one_device
     np.testing.assert_array_equal(is_zero_BT, np.asarray(seg_BT) == 0)
 
 
-@pytest.mark.parametrize("tokens, k, experts", [(1, 2, 64), (3, 2, 64), (40, 3, 5), (640, 8, 32)])
+@pytest.mark.parametrize(
+    "tokens, k, experts",
+    [(1, 2, 64), (40, 3, 5), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 2, 64), (640, 8, 32)))],
+)
 def test_blocks_hold_every_copy_of_every_real_token_once(tokens, k, experts):
     rng = np.random.default_rng(0)
     expert_nk = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)])
@@ -280,6 +286,7 @@ def test_decoding_computes_the_forward_pass(one_device):
         np.testing.assert_allclose(answer.logprobs, -nll_BT[0, len(prompt) - 1 : -10], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_lowers_its_loss_and_records_what_the_routers_do(corpus, tmp_path, capsys):
     mlp = {"model.kinds.L.mlp": base.moe(experts=4, d_ff=16)}

@@ -114,7 +114,9 @@ def measured(c, sizes):
         return jax.device_get(make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))[1])
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", ["dpo", "hinge", *(pytest.param(x, marks=pytest.mark.slow) for x in FORMS if x not in ("dpo", "hinge"))]
+)
 def test_a_batch_has_the_mean_over_its_pairs_of_the_formula(name, nll):
     c = config_of(name)
     x, model, reference = c.at(0).preference, *(completions(x, name in ("hinge", "trl_ipo", "trl_hinge")) for x in nll)
@@ -148,6 +150,7 @@ def of_store(store, objective="dpo", stages=({},), **changes):
     return config_of(objective, stages, **others | {"train.log_every": 1, "train.checkpoint_every": 2} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(store, tmp_path, capsys, monkeypatch):
     first = {"objective": "sft", "preference": None}

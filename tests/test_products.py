@@ -51,7 +51,9 @@ def test_rows_small_matrices_and_other_dtypes_are_multiplied_at_once(one_device)
         np.testing.assert_array_equal(in_parts(*arrays, dimensions), jax.lax.dot_general(*arrays, dimensions))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"tensor": 2}, {"fsdp": 2}, {"context": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{}, {"tensor": 2}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"fsdp": 2}, {"context": 2}))]
+)
 def test_decoding_with_large_matrices_gives_the_scores_of_the_forward_pass(mesh, monkeypatch):
     monkeypatch.setattr(products, "MIN_SIZE", 1)
     c = tiny({"train.kernel": "reference", "train.dtype": "float32"})

@@ -210,7 +210,7 @@ def test_a_file_that_no_evaluation_wrote_is_refused_with_its_name(tmp_path, file
     assert file in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [[1], {"a": [None]}, "--out=/etc"])
+@pytest.mark.parametrize("wrong", [{"a": [None]}, *(pytest.param(x, marks=pytest.mark.slow) for x in ([1], "--out=/etc"))])
 def test_values_of_run_json_that_are_only_shown_may_be_anything(tmp_path, wrong):
     data = dict.fromkeys(("text", "heldout", "squad", "trust_checkpoint_data"), wrong)
     settings = dict.fromkeys(("compat", "asked", "samples", "depths", "tasks", "task_path"), wrong)

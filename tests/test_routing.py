@@ -71,6 +71,7 @@ def test_a_router_that_reads_the_letter_has_the_share_of_each_letter(kind, part,
     assert record["entropy_bits"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_measures_what_one_device_does_in_layers_before_and_in_the_periods():
     layers = {"model.prefix": "G", "model.pattern": "L", "model.num_layers": 3}
     model = tiny(layers, L=LOCAL | MOE | ATTENTIONS, G=MOE | {"mlp.experts": 6, "mlp.top_k": 3}).model

@@ -34,7 +34,10 @@ def test_over_tokens_it_is_the_loss_of_next_tokens():
 
 @pytest.mark.parametrize(
     "sizes, microbatches",
-    [({}, 1), ({"data": 2, "context": 2, "tensor": 2}, 2), pytest.param({"context": 8}, 4, marks=pytest.mark.slow)],
+    [
+        ({}, 1),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (({"data": 2, "context": 2, "tensor": 2}, 2), ({"context": 8}, 4))),
+    ],
     ids=str,
 )
 def test_over_documents_each_has_the_mean_of_its_trained_tokens(sizes, microbatches):

@@ -38,7 +38,13 @@ def whole():
 
 @pytest.mark.parametrize(
     "sizes, microbatches",
-    [({}, 8), ({"data": 2, "fsdp": 2}, 2), pytest.param({"slices": 2, "context": 2, "tensor": 2}, 4, marks=pytest.mark.slow)],
+    [
+        ({}, 8),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (({"data": 2, "fsdp": 2}, 2), ({"slices": 2, "context": 2, "tensor": 2}, 4))
+        ),
+    ],
     ids=str,
 )
 def test_parts_of_a_batch_give_the_metrics_and_the_gradient_of_the_whole(sizes, microbatches, whole):

@@ -38,7 +38,10 @@ def named(names, optimiser):
     return OPTIMISERS[optimiser](optim, specs, schedule(optim, [Piece(9, None)])), {name: shapes[name] for name in names}
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+FAST = "adamw", "adafactor"
+
+
+@pytest.mark.parametrize("optimiser", [*FAST, *(pytest.param(x, marks=pytest.mark.slow) for x in OPTIMISERS if x not in FAST)])
 def test_those_that_train_are_updated_as_if_they_were_alone_and_the_others_keep_bits_and_moments(optimiser, one_device):
     rng, trained = np.random.default_rng(0), ("embed", "b")
     tx, shapes = named(("a", "b", "c", "embed"), optimiser)
