@@ -36,11 +36,11 @@ def test_wilson_intervals_are_those_of_the_textbook():
 
 def test_the_interval_of_paired_differences_is_students():
     differences = np.random.default_rng(0).normal(0.1, 0.2, 12)
-    mean, low, high = statistics.paired(differences, loss=False)
+    mean, low, high = statistics.mean_within(differences, statistics.OF_SCORES)
     half = 2.200985 * differences.std(ddof=1) / np.sqrt(12)  # of a table, for 11 degrees of freedom
     assert (mean, low, high) == pytest.approx((differences.mean(), mean - half, mean + half), rel=1e-6)
-    assert statistics.paired(np.array([0.0, 1.0]), loss=False) == (0.5, -1, 1)  # no score differs by more
-    assert statistics.paired(np.array([0.0, 1.0]), loss=True)[2] > 5
+    assert statistics.mean_within(np.array([0.0, 1.0]), statistics.OF_SCORES) == (0.5, -1, 1)  # no score differs by more
+    assert statistics.mean_within(np.array([0.0, 1.0]), statistics.UNBOUNDED)[2] > 5
 
 
 def test_the_interval_of_a_mean_has_a_width_where_every_answer_is_wrong_or_right():

@@ -130,6 +130,12 @@ def test_a_model_wins_where_its_answer_is_likelier_and_a_tie_is_half_a_win():
     (difference,) = comparison.compare_wins(*runs)
     assert (difference.task, difference.pairs, difference.verdict) == ("win rate on p", 12, "better")
     assert difference.difference == pytest.approx(10 / 12 - 2 / 12)
+    low, high = wilson(10, 12)  # the interval of the table
+    assert (difference.low, difference.high) == pytest.approx((2 * low - 1, 2 * high - 1))
+    said = f"better on win rate on p at 64 (wins 83% ({100 * low:.0f} to {100 * high:.0f}) of n = 12 prompts). Of 1 comparisons"
+    assert said in comparison.sentence("a", "b", [difference])
+    certain = section._row(*runs, record, np.array([[-9.0, -1.0], [-9.0, 0.0], [-9.0, -8.0]]))
+    assert 0 <= certain[-2] < certain[-3] < certain[-1] == 1
     for changes in ({"prompts_hash": "b"}, {"judge": "v"}, {"log_probs": b[1:]}):
         assert not [*section.pairs(runs[0], run_of("b", (), [record_of(b) | changes]))]
 

@@ -24,7 +24,7 @@ class Difference(NamedTuple):
     """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a, if anything bounds it.
 
     `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better.
-    `in_mean` says that its task counts in such a mean.
+    `in_mean` says that its task counts in such a mean. The scores of `wins` are shares of the same prompts, b and a = 1 - b.
     """
 
     task: str
@@ -38,6 +38,7 @@ class Difference(NamedTuple):
     fewest: int
     loss: bool
     in_mean: bool = False
+    wins: bool = False
 
     @property
     def verdict(self) -> str:
@@ -78,17 +79,21 @@ def compare_sequences(a: Run, b: Run) -> list[Difference]:
 
 
 def compare_wins(a: Run, b: Run) -> list[Difference]:
-    """b against a on the answers of both that a judge compared: their shares of the prompts."""
-    return [
-        _difference(f"win rate on {record['source']}", record["length"], [np.stack([1 - won, won], 1)])
-        for record, log_probs in win_rate.pairs(a, b)
-        for won in [win_rate.wins(log_probs)]
-    ]
+    """b against a on the answers of both that a judge compared: their shares of the prompts, with the interval of b's."""
+    differences = []
+    for record, log_probs in win_rate.pairs(a, b):
+        of_b, *ends, n = win_rate.win_rate(log_probs)
+        scores = 1 - of_b, of_b, *(2 * x - 1 for x in (of_b, *ends))
+        differences.append(
+            Difference(f"win rate on {record['source']}", record["length"], n, *scores, fewest=n, loss=False, wins=True)
+        )
+    return differences
 
 
 def _difference(task: str, length: int, cells: Sequence[np.ndarray], loss: bool = False) -> Difference:
     """The mean over tasks of b - a, of each of which there are pairs [n, 2]."""
-    intervals = np.array([statistics.paired(pairs[:, 1] - pairs[:, 0], loss) for pairs in cells])
+    bounds = statistics.UNBOUNDED if loss else statistics.OF_SCORES
+    intervals = np.array([statistics.mean_within(pairs[:, 1] - pairs[:, 0], bounds) for pairs in cells])
     mean, *ends = statistics.mean_of(intervals)
     low, high = (None if math.isnan(x) else x for x in ends)
     a, b = np.mean([pairs.mean(0) for pairs in cells], axis=0).tolist()
@@ -120,6 +125,10 @@ def _counts(of_run: Sequence[Difference]) -> str:
 
 
 def _amount(x: Difference) -> str:
+    if x.wins:
+        low, high = (f"{50 * (1 + end):.0f}" for end in (x.low, x.high))
+        few = ", too few" * (x.fewest < PAIRS)
+        return f"{x.task} at {tokens(x.length)} (wins {100 * x.b:.0f}% ({low} to {high}) of n = {x.pairs:,} prompts{few})"
     scale, unit, digits = (1, "nats", 3) if x.loss else (100, "points", 0)
     half = "" if x.low is None else f" ± {scale * max(x.difference - x.low, x.high - x.difference):.{digits}f}"
     pairs = f"n = {x.pairs:,}{' sequences' * x.loss}{', too few' * (x.fewest < PAIRS)}"
@@ -144,8 +153,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     text = (
         "Only questions that both runs were asked count, word for word, and sequences that both have read. The interval is "
         "Student's for the differences of pairs; where all pairs differ by the same, it follows from Wilson's, as Newcombe's "
-        f"does. Fewer than {PAIRS} pairs of a task leave it unclear. The mean of tasks gives each task the same weight, that "
-        "of sequences each sequence. Of losses, less is better."
+        f"does; that of a win rate is Wilson's. Fewer than {PAIRS} pairs of a task leave it unclear. The mean of tasks gives "
+        "each task the same weight, that of sequences each sequence. Of losses, less is better."
     )
     columns = [RUN, TASK, LENGTH, Column("pairs", ","), Column(first, ",.3f"), Column("run's", ",.3f")]
     columns += [*(Column(name, signed) for name in ("difference", "95% from", "to")), Column("verdict")]

@@ -60,17 +60,23 @@ def mean_of(numbers: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - float(below), mean + float(above)
 
 
-def paired(differences: np.ndarray, loss: bool) -> tuple[float, float, float]:
-    """The mean of paired differences and its interval, by Student's t.
+OF_SCORES = -1.0, 1.0  # bounds of the difference of two scores, which lie between 0 and 1
+UNBOUNDED = -math.inf, math.inf  # of losses
 
-    Differences that are all the same d have no spread. Scores lie between 0 and 1, so that a pair not seen differs by -1 at the
-    least and by 1 at the most, and of such pairs Wilson's interval for 0 of n allows a share p: the mean lies between
-    d - p (1 + d) and d + p (1 - d). Where both models are right everywhere, this is Newcombe's interval for paired shares
-    (1998, method 10). Nothing bounds losses: the ends are NaN.
+
+def mean_within(values: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float, float]:
+    """The mean of values, such as paired differences, and its interval within their `bounds`, by Student's t.
+
+    Values that are all the same x have no spread. One that was not seen may be as small as the lower bound a or as large as the
+    upper one b, and of such values Wilson's interval for 0 of n allows a share p: the mean lies between x - p (x - a) and
+    x + p (b - x). Of differences of scores where both models are right everywhere, this is Newcombe's interval for paired
+    shares (1998, method 10). Where nothing bounds the values, the ends are NaN.
     """
-    n, mean = len(differences), float(differences.mean())
-    if np.ptp(differences) > 1e-9:  # up to rounding
-        half = float(stdtrit(n - 1, 0.975) * differences.std(ddof=1) / math.sqrt(n))
-        return (mean, mean - half, mean + half) if loss else (mean, max(-1.0, mean - half), min(1.0, mean + half))
-    share = math.nan if loss else wilson(0, n)[1]
-    return mean, mean - share * (1 + mean), mean + share * (1 - mean)
+    n, mean, (low, high) = len(values), float(values.mean()), bounds
+    if np.ptp(values) > 1e-9:  # up to rounding
+        half = float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
+        return mean, max(low, mean - half), min(high, mean + half)
+    if math.isinf(high):
+        return mean, math.nan, math.nan
+    share = wilson(0, n)[1]
+    return mean, mean - share * (mean - low), mean + share * (high - mean)

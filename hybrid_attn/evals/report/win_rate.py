@@ -1,9 +1,9 @@
 """Answers that a model judged, in a report: which of two models has the likelier ones, and how diverse they are."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy.special import expit
 
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.escape import shortened
@@ -46,6 +46,12 @@ def wins(log_probs: np.ndarray) -> np.ndarray:
     return (np.sign(log_probs[:, 1] - log_probs[:, 0]) + 1) / 2
 
 
+def win_rate(log_probs: np.ndarray) -> statistics.Share:
+    """The share of pairs [n, 2] that the second wins, with Wilson's interval."""
+    won = wins(log_probs)
+    return statistics.share(float(won.sum()), len(won))
+
+
 def sections(runs: Sequence[Run]) -> list[Section]:
     records = records_of(runs, "win_rate")
     tables = [of_records("judged", "Answers by the judge's log-probability", records, JUDGED), _diversity(records)]
@@ -56,11 +62,10 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 def _row(first: Run, run: Run, record: Mapping, log_probs: np.ndarray) -> list:
     won, difference = wins(log_probs), log_probs[:, 1] - log_probs[:, 0]
-    share = statistics.share(float(won.sum()), len(won))
-    mean, *ends = statistics.paired(1 / (1 + np.exp(-difference)), loss=True)
+    probability = statistics.mean_within(expit(difference), (0.0, 1.0))
     counts = len(won), int((won == 1).sum()), int((won == 0.5).sum())
     names = run.name, first.name, record["source"], record["length"]
-    return [*names, *counts, *share[:3], mean, *(None if math.isnan(x) else x for x in ends)]
+    return [*names, *counts, *win_rate(log_probs)[:3], *probability]
 
 
 def _diversity(records: Sequence[tuple[Run, Mapping]]) -> Table:
