@@ -286,6 +286,19 @@ def test_ten_million_documents_open_without_a_loop_over_them(tmp_path):
     assert corpus.read([(n * shards - 1, 990, 1000)])[0].tolist() == [0] * 10
 
 
+def test_a_store_is_identified_by_the_checksums_of_its_files_alone():
+    shards = [store.Shard(1, 5, "a", "b"), store.Shard(1, 5, "a", "c"), store.Shard(1, 5, "a", "b", "d")]
+    manifests = [store.Manifest(store.FORMAT, "bytes", "bytes", "<u2", ("a",), (shard,), {}) for shard in shards]
+    assert len({x.identity for x in manifests}) == 3
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(store.Shard):
+        added: int = 0
+
+    later = dataclasses.replace(manifests[0], shards=(Later(1, 5, "a", "b"),))
+    assert later.identity == manifests[0].identity
+
+
 def test_a_manifest_reads_back(tmp_path):
     write(tmp_path / "s")
     manifest = store.read_manifest(str(tmp_path / "s"))

@@ -104,8 +104,9 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Hexadecimal digits that identify the content of all shards."""
-        return hashlib.sha256(repr(self.shards).encode()).hexdigest()
+        """Hexadecimal digits that identify the content of all shards, whose checksums they are made of."""
+        sums = [(x.tokens_sha256, x.index_sha256, x.loss_mask_sha256) for x in self.shards]
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     @property
     def has_loss_mask(self) -> bool:
