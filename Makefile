@@ -27,7 +27,7 @@ test: .venv/.test
 test-slow: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'slow and not exhaustive' $(ARGS)
 
-# A quarter of an hour: the longest of these, and more cases of others.
+# A quarter of an hour: the slowest tests, and further cases of the others.
 test-exhaustive: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m exhaustive $(ARGS)
 

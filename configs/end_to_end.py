@@ -26,7 +26,7 @@ def get_config(size: str = "tiny"):
     c.data.sources = {
         "text": base.source(), "chats": base.source(store=f"{DATA}/chats"), "pairs": base.source(store=f"{DATA}/pairs")
     }  # fmt: skip
-    uncut = base.override({"data.packing": "best_fit"})  # no conversation or pair is
+    uncut = base.override({"data.packing": "best_fit"})  # conversations and pairs are not cut
     far, rate = 4 * length, c.optim.lr
     c.stages = [
         base.stage(name="pretrain", mixture={"text": 1.0}, lr_schedule=falling(rate)),

@@ -15,7 +15,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -x $python || -n ${PYTHON-} ]] || python=python3
 
-# The training saves and ends well when it is stopped; what follows must not begin then.
+# The training saves and ends well when it is stopped; what follows must not begin then. After `kill` of this script, unlike
+# Ctrl-C, the shell waits until the training has ended by itself.
 trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 
 if [[ ! -e $out/preferences.jsonl ]]; then # its second file

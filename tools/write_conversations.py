@@ -1,9 +1,10 @@
 """Writes conversations and preferences that every machine can make: python tools/write_conversations.py --out=runs/texts
 
-chats.jsonl and preferences.jsonl have a question about each documented function, class and module of the standard library of
-this Python. The answer is the first sentence of its documentation string. The rejected completion of a preference is the same
-sentence with its words in reverse order, so that its length tells nothing. Half of the questions are chats and half are
-preferences. tools/prepare_data.py makes stores of both, and configs/end_to_end.py trains on them.
+chats.jsonl and preferences.jsonl have a question about each public name of a function, class or module in the standard library
+of this Python, once, if the first sentence of its documentation string has 40 to 200 bytes: that is the answer. The rejected
+completion of a preference is the same sentence with its words in reverse order, so that its length tells nothing. Half of the
+questions are chats and half are preferences. tools/prepare_data.py makes stores of both, and configs/end_to_end.py trains on
+them.
 """
 
 import json

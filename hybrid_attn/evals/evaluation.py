@@ -95,7 +95,7 @@ class Evaluation(NamedTuple):
     section_order: int = 100
     questions: Questions | None = None  # None: no samples are drawn
     uses_engine: bool = False  # an engine generates or scores, at `settings.engine_lengths` if these are set
-    longest_alone: bool = False  # it is measured at the longest of these alone, for another would give the same
+    longest_alone: bool = False  # only the longest length is measured: the result does not depend on it
     in_training: bool = True  # whether evals.names of a config may name it
     in_quick_suite: bool = False
     flags: tuple[str, ...] = ("tokens",)  # of tools/evaluate.py, which change what is measured
