@@ -133,15 +133,19 @@ JUDGED = ["--suite=win_rate", "--judge=three"]
         (["--mesh=context=0"], "context=0"),
         (["--suite=routing"], "12, 48, 96; routing of experts: no layer of the model has any"),
         (["--suite=preferences"], "12, 48, 96; preferences of pairs: the model's sources hold none out"),
-        (["--suite=win_rate"], "--suite=win_rate has answers judged; give --prompts=FILE, and --judge=CHECKPOINT, the judge"),
-        (["--suite=full", "--prompts=p.jsonl"], "--suite=full has answers judged; give --prompts=FILE, and --judge=CHECKPOINT"),
+        (["--suite=win_rate"], "--suite=win_rate needs --prompts=FILE and --judge=CHECKPOINT"),
+        (["--suite=full", "--prompts=p.jsonl"], "--suite=full needs --prompts=FILE and --judge=CHECKPOINT"),
         (["--suite=position", "--judge=x"], "--judge is of --suite=win_rate, and this is --suite=position"),
         (["--suite=position", "--temperature=1"], "--temperature is of --suite=win_rate, and this is --suite=position"),
+        (["--suite=position", "--temperature=0"], "--temperature is of --suite=win_rate, and this is --suite=position"),
+        (["--suite=full", "--max_new_tokens=9"], "--max_new_tokens: no answers are judged; give --prompts=FILE and --judge="),
         ([*JUDGED, "--prompts=none.jsonl"], "none.jsonl: No such file or directory"),
         ([*JUDGED, "--prompts=bad.jsonl"], "bad.jsonl:2: the field 'messages' has no message"),
         ([*JUDGED, "--prompts=p.jsonl", "--judge=none"], "none is no directory; name a run's workdir"),
         ([*JUDGED, "--prompts=p.jsonl", "--top_p=2"], "top_p=2.0 must be above 0 and at most 1"),
-        ([*JUDGED, "--prompts=p.jsonl", "--lengths=32"], "4 tokens of p.jsonl:1 and 256 new ones do not fit into 32"),
+        ([*JUDGED, "--prompts=p.jsonl", "--temperature=0", "--top_p=0.5"], "top_p=0.5 changes nothing at temperature=0"),
+        ([*JUDGED, "--prompts=p.jsonl", "--lengths=32"], "p.jsonl:1 and 256 new ones do not fit into 32"),
+        ([*JUDGED, "--prompts=p.jsonl"], "p.jsonl:1 and 256 of an answer do not fit into the 48 tokens of a sequence"),
         (["--mesh=context=1000000"], "devices"),
         (["--mesh=context"], "context='' must be of type int"),
         (["--seed=100000000000000000000"], "seed"),
@@ -168,3 +172,12 @@ def test_what_cannot_be_evaluated_is_a_line(evaluate, models, tmp_path, capsys, 
         evaluate, capsys, f"--checkpoint={models}/one", f"--out={tmp_path}/out", *text, *arguments, trust=trust
     )
     assert code == 2 and said in error and not list(tmp_path.glob("**/run.json"))
+
+
+@pytest.mark.parametrize("arguments", [["--prompts=none.jsonl", "--judge=one"], ["--prompts=p.jsonl", "--judge=none"]])
+def test_nothing_is_written_where_there_are_no_prompts_or_there_is_no_judge(evaluate, models, tmp_path, capsys, arguments):
+    named = [x.replace("=", f"={tmp_path}/" if "prompts" in x else f"={models}/") for x in arguments]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n')
+    flags = [f"--checkpoint={models}/one", f"--out={tmp_path}/out", "--suite=win_rate", *named]
+    _, code = refused(evaluate, capsys, *flags, trust=())
+    assert code == 2 and not (tmp_path / "out").exists()

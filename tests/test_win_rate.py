@@ -1,6 +1,7 @@
 """Answers that another model judges: distinct n-grams, scores, and which of two models wins."""
 
 import json
+import shlex
 import types
 
 import numpy as np
@@ -9,20 +10,24 @@ from conftest import ONE_LAYER, random_params, tiny
 from evaluate_program import run
 from evaluated import run_of
 from scipy.special import expit
+from test_evaluate import planned_of
 
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import win_rate
+from hybrid_attn.evals import report, suite, win_rate
 from hybrid_attn.evals.diversity import distinct
-from hybrid_attn.evals.judge import Judge, PromptSet, Requests
-from hybrid_attn.evals.report import comparison
+from hybrid_attn.evals.judge import Judge, TokenizedPrompts
+from hybrid_attn.evals.prompt_set import PromptSet
+from hybrid_attn.evals.report import comparison, render
 from hybrid_attn.evals.report import win_rate as section
 from hybrid_attn.evals.report.statistics import wilson
 from hybrid_attn.evals.samples import TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Settings, Unit
+from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import Engine, EngineOptions, Generated
 
 BYTES = ByteTokenizer()
 RECORDS = {"p.jsonl:1": {"prompt": "one"}, "p.jsonl:2": {"messages": [{"role": "user", "content": "two"}]}}
+OPTIONS = EngineOptions(chunk=32)
 UNIT, SETTINGS = Unit("win_rate", "p", 64), Settings(("win_rate",), (32, 64), 1, 100, (), 7, max_new_tokens=20)
 
 
@@ -53,10 +58,10 @@ class Answering:
         return [Generated(np.array(x), np.zeros(len(x))) for x in replies]
 
 
-def prompt_set(log_probs=None):
-    known = {"weights": "w", "tokenizer": BYTES, "encode": lambda texts: [[*x.encode()] for x in texts]}
-    judge = types.SimpleNamespace(log_probs=log_probs, **known)
-    return PromptSet("p", RECORDS, judge, Requests([[256, *b"one"], [256, *b"user: two"]], [257, 9], 257))
+def prompt_set(log_probs=None, check_fits=lambda max_new_tokens: None):
+    known = {"hash": "w", "tokenizer": BYTES, "encode": lambda texts: [[*x.encode()] for x in texts]}
+    judge = types.SimpleNamespace(log_probs=log_probs, check_fits=check_fits, **known)
+    return PromptSet("p", RECORDS, judge, TokenizedPrompts([[256, *b"one"], [256, *b"user: two"]], [257, 9], 257))
 
 
 def context_of(engine, of=None):
@@ -79,7 +84,7 @@ def test_answers_are_sampled_as_the_settings_say_and_judged():
     assert (record["log_prob"], record["log_probs"], record["tokens"]) == (-1.75, [-1.0, -2.5], 3)
     assert record["answers"] == ["aab", "aab"] and record["prompt_ends"] == ["one", "two"]
     assert record["distinct"] == [2 / 6, 2 / 4, 1 / 2, None, None]
-    win_rate.measure(context_of(engine, prompt_set(log_probs)), SETTINGS._replace(temperature=0.0), UNIT, [])
+    win_rate.measure(context_of(engine, prompt_set(log_probs)), SETTINGS._replace(temperature=0.0, top_p=None), UNIT, [])
     assert engine.call[2].sampling == win_rate.Sampling()
     with pytest.raises(FloatingPointError, match="the judge's log-probability of an answer is nan"):
         win_rate.measure(context_of(engine, prompt_set(lambda *_: [float("nan")] * 2)), SETTINGS, UNIT, [])
@@ -93,11 +98,48 @@ def test_prompts_and_answers_fit_the_longest_length_which_is_measured_alone():
     said = "win_rate of p: 10 tokens of p.jsonl:2 and 60 new ones do not fit into 64; give larger --lengths or a smaller"
     with pytest.raises(TooLongError, match=said):
         win_rate.check_fits(context, SETTINGS._replace(max_new_tokens=60), UNIT)
+    numbers = []
+    win_rate.check_fits(context_of(None, prompt_set(check_fits=numbers.append)), SETTINGS, UNIT)
+    assert numbers == [20]
+
+
+def test_a_judge_reads_no_more_than_a_sequence_of_its_training(models, one_device):
+    judge = Judge(f"{models}/one", RECORDS, OPTIONS)
+    longest = len([256, *b"user:\ntwo\n\nassistant:\n"])
+    assert judge.check_fits(judge.trained - longest) is None
+    said = f"{longest} tokens of p.jsonl:2 and {judge.trained - longest + 1} of an answer do not fit into the {judge.trained}"
+    with pytest.raises(TooLongError, match=said):
+        judge.check_fits(judge.trained - longest + 1)
+    with pytest.raises(TooLongError, match="4 tokens of p.jsonl:1 and 100 of an answer do not fit into the 48 tokens of a"):
+        judge.log_probs(["a" * 100, "b"], [False, False])
+
+
+def test_a_judge_with_another_template_is_another_one(models, one_device, monkeypatch):
+    one, again, other = (Judge(f"{models}/{name}", RECORDS, OPTIONS) for name in ("one", "one", "two"))
+    assert one.hash == again.hash != other.hash
+    template = loading.chat_template(one.directory, one.step)
+    monkeypatch.setattr(loading, "chat_template", lambda *_: template + " ")
+    edited = Judge(f"{models}/one", RECORDS, OPTIONS)
+    assert edited.weights == one.weights and edited.hash != one.hash
+    assert edited.described()["chat_template"] != one.described()["chat_template"]
+    texts = {where: x for where, x in RECORDS.items() if "prompt" in x}
+    assert Judge(f"{models}/one", texts, OPTIONS).described()["chat_template"] is None
+
+
+def test_an_error_about_prompts_names_the_checkpoint_that_cannot_read_them(models, one_device, monkeypatch):
+    monkeypatch.setattr(loading, "chat_template", lambda *_: None)
+    with pytest.raises(ValueError, match=r"the checkpoint of step 7 in .*/one/checkpoints does not read .*: p.jsonl:2: it has"):
+        Judge(f"{models}/one", RECORDS, OPTIONS)
+
+
+def test_the_judge_has_the_options_of_the_engines(models, one_device):
+    engine = Judge(f"{models}/one", RECORDS, EngineOptions(chunk=32, batch_size=3))._engine
+    assert (engine.chunk, engine.batch_size) == (32, 3)
 
 
 def test_the_judge_scores_the_tokens_of_an_answer_and_its_end(models, one_device):
-    judge, c = Judge(f"{models}/one", RECORDS), tiny(ONE_LAYER)
-    judge._engine = engine = Engine(random_params(c.model), c, EngineOptions(chunk=32))
+    judge, c = Judge(f"{models}/one", RECORDS, OPTIONS), tiny(ONE_LAYER)
+    judge._engine = engine = Engine(random_params(c.model), c, OPTIONS)
     prompts = [[256, *b"one"], [256, *b"user:\ntwo\n\nassistant:\n"]]
     for texts, ended, scored in (
         (["ab", "c"], [True, False], [[*b"ab", 257], [*b"c"]]),
@@ -138,6 +180,24 @@ def test_a_model_wins_where_its_answer_is_likelier_and_a_tie_is_half_a_win():
     assert 0 <= certain[-2] < certain[-3] < certain[-1] == 1
     for changes in ({"prompts_hash": "b"}, {"judge": "v"}, {"log_probs": b[1:]}):
         assert not [*section.pairs(runs[0], run_of("b", (), [record_of(b) | changes]))]
+
+
+def test_a_judge_is_the_same_however_its_path_is_written(evaluate, models, tmp_path, monkeypatch):
+    planned = planned_of(evaluate, monkeypatch)
+    monkeypatch.chdir(models)
+    monkeypatch.setenv("HOME", str(models))
+    (models / "p.jsonl").write_text('{"prompt": "one"}\n')
+    flags = ["--checkpoint=one", "--suite=win_rate", "--lengths=64", "--max_new_tokens=4", "--temperature=0"]
+    for judge, prompts in (("two", "p.jsonl"), ("~/two", "~/p.jsonl"), (f"{models}/two", f"{models}/p.jsonl")):
+        run(evaluate, *flags, f"--out={tmp_path}", f"--judge={judge}", f"--prompts={prompts}", trust=())
+    assert len(planned) == 3
+    contexts, wanted, known = zip(*planned, strict=True)
+    assert known[0] == known[1] == known[2] and wanted[0] == wanted[1] == wanted[2]
+    assert known[0]["judge"]["tokenizer"] == BYTES.hash and known[0]["chat_template"] is None
+    command = render.command([report.Run("one", (), (), suite.described(wanted[0], known[0]))], "win_rate")
+    assert f"--judge={models}/two" in command
+    run(evaluate, *shlex.split(command)[2:-1], f"--out={tmp_path}/again", trust=())
+    assert (planned[-1][1], planned[-1][2]) == (wanted[0], known[0])
 
 
 @pytest.mark.slow  # compiles the answers of two models and their scores

@@ -12,7 +12,6 @@ import functools
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -203,8 +202,7 @@ def context_of(directory: str, step: int) -> tuple[int, str]:
     """The most tokens of a conversation, and what says so."""
     if CONTEXT.value is not None:
         return CONTEXT.value, "--context"
-    saved = loading.saved_of(directory, step)
-    return loading.trained_length(saved.config, Path(directory), sum(saved.stage_steps) if saved.stage_steps else step)
+    return loading.trained_length_of(directory, step)
 
 
 def main(argv):

@@ -23,7 +23,7 @@ from absl import flags
 from hybrid_attn import allocator, compiled, files, programs
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import haystack, heldout, judge, limits, report, ruler, suite
+from hybrid_attn.evals import haystack, heldout, limits, prompt_set, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
@@ -73,7 +73,7 @@ ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json o
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks. They run code: !function.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts or messages, as of tools/generate.py, for win_rate.")
-JUDGE = flags.DEFINE_string("judge", None, "Checkpoint whose log-probabilities judge the answers; a workdir, or DIR/STEP.")
+JUDGE = flags.DEFINE_string("judge", None, "Checkpoint that judges the answers: a workdir, or its checkpoints/STEP.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens of an answer that is judged.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.5, "Of the sampling of these answers; 0 takes the most likely token.")
 TOP_P = flags.DEFINE_float("top_p", 0.75, "Of this sampling: the fewest tokens that have this probability together.")
@@ -86,9 +86,9 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
+OF_ANSWERS = ("max_new_tokens", "temperature", "top_p")  # flags that are an error without --prompts
 # Flags that are an error where no evaluation of --suite reads them.
-SPECIAL = ("compat", "squad", "hotpot", "ruler_tasks", "depths", "text", "heldout")
-SPECIAL += ("prompts", "judge", "max_new_tokens", "temperature", "top_p")
+SPECIAL = ("compat", "squad", "hotpot", "ruler_tasks", "depths", "text", "heldout", "prompts", "judge", *OF_ANSWERS)
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -155,17 +155,13 @@ def settings(trained: Sequence[int]) -> Settings:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
     if "harness" in evals and not TASKS.value and SUITE.value != "full":
         raise ValueError(f"--suite={SUITE.value} asks lm-evaluation-harness, and for no task; name some with --tasks")
-    if "win_rate" in evals and (SUITE.value != "full" or PROMPTS.value or JUDGE.value):
-        named = PROMPTS.value and JUDGE.value
-        check(bool(named), f"--suite={SUITE.value} has answers judged; give --prompts=FILE, and --judge=CHECKPOINT, the judge")
-        Sampling(TEMPERATURE.value, top_p=TOP_P.value if TEMPERATURE.value else None)  # ValueError for wrong numbers
     if TASKS.value:
         from hybrid_attn.evals import engine_lm  # an extra
 
         engine_lm.find_tasks(TASKS.value, TASK_PATH.value)
     for name in SPECIAL:
         flag, users = flags.FLAGS[name], [evaluation.name for evaluation in EVALS.values() if name in evaluation.flags]
-        if flag.present and flag.value and not {*users} & {*evals}:
+        if flag.present and flag.value is not False and not {*users} & {*evals}:
             raise ValueError(f"--{name} is of --suite={' or '.join(users)}, and this is --suite={SUITE.value}")
     if TRUST.value and HELDOUT.value:
         raise ValueError("--trust_checkpoint_data opens the model's own sources, and --heldout replaces them; leave one out")
@@ -177,11 +173,24 @@ def settings(trained: Sequence[int]) -> Settings:
     check(COMPAT.value or not ENGLISH_WORDS.value, "--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
     sizes = {**lengths(trained), "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed}
-    sizes |= {"max_new_tokens": MAX_NEW_TOKENS.value, "temperature": TEMPERATURE.value, "top_p": TOP_P.value}
+    sizes |= settings_of_answers(evals)
     tasks = {"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "ruler_tasks": tuple(dict.fromkeys(RULER_TASKS.value))}
     chosen = Settings(evals, compat=COMPAT.value, **sizes, **tasks)
     limits.check_settings(chosen)
     return chosen
+
+
+def settings_of_answers(evals: Sequence[str]) -> dict:
+    """How answers that are judged are sampled: fields of the settings, checked if --suite names win_rate or files for it."""
+    sampling = {"temperature": TEMPERATURE.value, "top_p": TOP_P.value if TEMPERATURE.value or TOP_P.present else None}
+    if "win_rate" in evals and (SUITE.value != "full" or PROMPTS.value or JUDGE.value):
+        named = bool(PROMPTS.value and JUDGE.value)
+        check(named, f"--suite={SUITE.value} needs --prompts=FILE and --judge=CHECKPOINT")
+        Sampling(**sampling)  # ValueError for wrong numbers
+    useless = [f"--{name}" for name in OF_ANSWERS if flags.FLAGS[name].present and not PROMPTS.value]
+    cure = "give --prompts=FILE and --judge=CHECKPOINT, or leave it out"
+    check(not useless, f"{', '.join(useless)}: no answers are judged; {cure}")
+    return {"max_new_tokens": MAX_NEW_TOKENS.value, **sampling}
 
 
 def question_data() -> dict:
@@ -193,7 +202,16 @@ def question_data() -> dict:
         **{"haystack": haystack.of_files(tuple(TEXT.value)), "questions": questions},
         "lists": compat.wonderwords(others) if COMPAT.value else None,
         "essays": haystack.of_essays(tuple(TEXT.value)) if COMPAT.value and TEXT.value else "",
+        "prompt_set": judged_prompts() if PROMPTS.value else None,
     }
+
+
+def judged_prompts() -> prompt_set.PromptSet:
+    return prompt_set.read(_absolute(PROMPTS.value), _absolute(JUDGE.value), engine_options())
+
+
+def engine_options() -> EngineOptions:
+    return EngineOptions(CHUNK.value, batch_size=BATCH_SIZE.value)
 
 
 def data_flags() -> dict:
@@ -221,10 +239,9 @@ class Checkpoint(NamedTuple):
 def inspect(directory: str, step: int, evals: Sequence[str]) -> Checkpoint:
     """ValueError where measuring would open files or URLs that only the checkpoint names."""
     steps_in = loading.find(directory)
-    c, _, stage_steps, _ = loading.saved_of(steps_in, step)
     if any(EVALS[name].reads_heldout for name in evals) and not (TRUST.value or HELDOUT.value):
-        heldout.check_trusted(directory, c)
-    return Checkpoint(directory, step, *loading.trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
+        heldout.check_trusted(directory, loading.saved_of(steps_in, step).config)
+    return Checkpoint(directory, step, *loading.trained_length_of(steps_in, step))
 
 
 def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalContext, Settings, dict]:
@@ -240,15 +257,14 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalCon
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
     of_source = {"trained": source.trained, "tasks": with_own(own), "stops": stops, "pairs": held_out.pairs}
-    prompt_set = data["prompt_set"] and data["prompt_set"].of_model(directory, source.step)
-    context = EvalContext(eval_model, None, held_out.documents, **of_source | data | {"prompt_set": prompt_set})
+    judged = data["prompt_set"] and data["prompt_set"].of_model(directory, source.step)
+    context = EvalContext(eval_model, None, held_out.documents, **of_source | data | {"prompt_set": judged})
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
     suite.checked_units(settings, context)
     known = provenance(source.directory, source.step, c, checkpoints.read_config(directory, source.step), context)
     known |= {"data": data_flags(), "weights": loading.fingerprint(directory, source.step)}
     known["heldout"] = held_out.fingerprints()
-    if prompt_set is not None:
-        known |= {"prompts": prompt_set.hash, "judge": prompt_set.judge.described()}
+    known |= judged.described() if judged else {}
     if data["essays"]:
         known["essays"] = hashlib.sha256(data["essays"].encode()).hexdigest()
     known["model"] |= {"seq_len": source.trained, "seq_len_from": source.trained_from}
@@ -261,7 +277,7 @@ def evaluate(name: str, source: Checkpoint, context: EvalContext, settings: Sett
     for x in settings.absent:
         print(f"{name}  absent  {Unit(*x[:3]).name}  {x.reason}", flush=True)
     c, params, _ = loading.load(source.directory, source.step)
-    engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=BATCH_SIZE.value))
+    engine = Engine(params, c, engine_options())
     context = context._replace(eval_model=context.eval_model._replace(params=params), engine=engine)
     units, out = suite.units(settings, context), Path(OUT.value)
     tokens = [EVALS[unit.eval].sequences(settings, unit.length) * unit.length for unit in units]  # their time grows with them
@@ -312,15 +328,15 @@ def evaluate_all() -> None:
     heldout.named(HELDOUT.value)
     sources = [inspect(*model, evals) for model in directories]
     chosen = settings([x.trained for x in sources])
-    data = question_data()
     run_names = names(directories)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
+    with jax.set_mesh(mesh):
+        data = question_data()
     out = Path(OUT.value)
     check_ours(out)
     with files.lock(out):
         files.write_atomically(out / MARKER, MARKED)
         with jax.set_mesh(mesh):
-            data |= {"prompt_set": judge.prompt_set(PROMPTS.value, JUDGE.value) if PROMPTS.value else None}
             plans = [plan(source, chosen, data) for source in sources]
             for name, source, planned in zip(run_names, sources, plans, strict=True):
                 evaluate(name, source, *planned)

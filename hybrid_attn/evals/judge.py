@@ -1,95 +1,106 @@
-"""Prompts for a comparison of models by their answers, and the model that judges them by its log-probabilities."""
+"""The model that judges answers by its log-probabilities, and the tokens of prompts for a checkpoint."""
 
 import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.data.conversations import texts_of
+from hybrid_attn.evals.samples import TooLongError
 from hybrid_attn.infer import loading, prompts
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.infer.text import encoded
 
 
-class Requests(NamedTuple):
-    """What a checkpoint is asked: the tokens of each prompt, the ids that stop an answer, and the one that ends it in text."""
+class TokenizedPrompts(NamedTuple):
+    """Prompts for a checkpoint: their ids, the ids that stop an answer, and the one that ends it in text.
 
-    prompts: Sequence[list[int]]
+    `template_hash` identifies the chat template; None where no prompt has messages.
+    """
+
+    ids: Sequence[list[int]]
     stops: Sequence[int]
     end: int
+    template_hash: str | None = None
+
+    def longest(self, names: Sequence[str]) -> tuple[str, int]:
+        """The name and the number of tokens of the longest prompt."""
+        return max(zip(names, map(len, self.ids), strict=True), key=lambda x: x[1])
 
 
-def requests_of(records: Mapping[str, Mapping], directory: str, step: int) -> Requests:
-    """The records for a checkpoint, with its own template."""
+def tokenized(records: Mapping[str, Mapping], directory: str, step: int) -> TokenizedPrompts:
+    """The records for a checkpoint, with its own template; ValueError with the name of one that cannot read them."""
     tokenizer = loading.described(directory, step).tokenizer
     has_messages = any(prompts.MESSAGES in x for x in records.values())
-    of_chat = prompts.Requests(tokenizer, loading.chat_template(directory, step) if has_messages else None)
-    ids, ends = encoded(tokenizer, "prompt", of_chat.prompts(records), [tokenizer.bos]), of_chat.ends()
-    return Requests(ids, sorted({*loading.stop_tokens(directory, tokenizer), *ends}), [*ends, tokenizer.eos][0])
+    template = loading.chat_template(directory, step) if has_messages else None
+    try:
+        of_chat = prompts.Requests(tokenizer, template)
+        ids, ends = encoded(tokenizer, "prompt", of_chat.prompts(records), [tokenizer.bos]), of_chat.ends()
+    except ValueError as cause:
+        raise ValueError(f"{loading.name_of(directory, step)} does not read the prompts: {cause}") from cause
+    stops = sorted({*loading.stop_tokens(directory, tokenizer), *ends})
+    return TokenizedPrompts(ids, stops, [*ends, tokenizer.eos][0], None if template is None else _sha(template))
 
 
 class Judge:
-    """Scores answers by the checkpoint at `path`, whose parameters are read when it is first asked, on the mesh in force."""
+    """Scores answers to `records` by the checkpoint at `path`, with an engine of `options`, on the mesh in force.
 
-    def __init__(self, path: str, records: Mapping[str, Mapping]):
+    Its parameters are read at the first use.
+    """
+
+    def __init__(self, path: str, records: Mapping[str, Mapping], options: EngineOptions):
         name, step = loading.split_step(path)
         self.directory = loading.find(name)
         self.step = loading.step_of(self.directory, step)
         self.weights = loading.fingerprint(self.directory, self.step)
         self.tokenizer = loading.described(self.directory, self.step).tokenizer
-        self._requests = requests_of(records, self.directory, self.step)
+        self.trained, _ = loading.trained_length_of(self.directory, self.step)
+        self._prompts, self._names, self._options = tokenized(records, self.directory, self.step), [*records], options
 
     @functools.cached_property
     def _engine(self) -> Engine:
         c, params, _ = loading.load(self.directory, self.step)
-        return Engine(params, c)
+        return Engine(params, c, self._options)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts in the judge's tokens."""
         return [ids.tolist() for ids in self.tokenizer.encode_batch([text.encode() for text in texts])]
 
-    def log_probs(self, answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
-        """The mean log-probability of a token of each answer after its prompt, in nats; the end of one that `ended` is a token.
+    def check_fits(self, max_new_tokens: int) -> None:
+        """TooLongError where the longest prompt with so many tokens of an answer is longer than a sequence of its training."""
+        where, size = self._prompts.longest(self._names)
+        self._check_trained(where, size, max_new_tokens)
 
-        An answer without a token has its end alone.
+    def log_probs(self, answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        """The mean log-probability of a token of each answer after its prompt, in nats.
+
+        For an answer that `ended`, its end token counts, too; an answer without a token has its end alone. TooLongError for an
+        answer that has too many of the judge's tokens.
         """
         ids = self.encode(answers)
-        ids = [[*x, self._requests.end] if has_end or not x else x for x, has_end in zip(ids, ended, strict=True)]
-        return [float(np.mean(x, dtype=np.float64)) for x in self._engine.score(self._requests.prompts, ids)]
+        ids = [[*x, self._prompts.end] if has_end or not x else x for x, has_end in zip(ids, ended, strict=True)]
+        for where, prompt, answer in zip(self._names, self._prompts.ids, ids, strict=True):
+            self._check_trained(where, len(prompt), len(answer))
+        return [float(np.mean(x, dtype=np.float64)) for x in self._engine.score(self._prompts.ids, ids)]
+
+    def _check_trained(self, where: str, prompt: int, answer: int) -> None:
+        if prompt + answer > self.trained:
+            sizes = f"{prompt:,} tokens of {where} and {answer:,} of an answer do not fit into the {self.trained:,} tokens"
+            cure = "use a smaller --max_new_tokens, or a judge that was trained on longer sequences"
+            raise TooLongError(f"{sizes} of a sequence of the judge's training; {cure}")
 
     def described(self) -> dict:
         """What run.json says of the judge."""
-        return {"checkpoint": self.directory, "step": self.step, "weights": self.weights}
-
-
-class PromptSet(NamedTuple):
-    """The records of a file of prompts, the judge of the answers, and what one model is asked."""
-
-    name: str
-    records: Mapping[str, Mapping]
-    judge: Judge
-    requests: Requests | None = None
-
-    def of_model(self, directory: str, step: int) -> "PromptSet":
-        return self._replace(requests=requests_of(self.records, directory, step))
+        about = {"weights": self.weights, "tokenizer": self.tokenizer.hash, "chat_template": self._prompts.template_hash}
+        return {"checkpoint": self.directory, "step": self.step, **about}
 
     @property
     def hash(self) -> str:
-        """Identifies the records."""
-        return hashlib.sha256(json.dumps([*self.records.values()], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def texts(self) -> list[str]:
-        """What each record asks: its prompt, or the texts of its last message."""
-        last = [x[prompts.PROMPT] if prompts.PROMPT in x else x[prompts.MESSAGES][-1] for x in self.records.values()]
-        return [x if isinstance(x, str) else " ".join(texts_of(x)) for x in last]
+        """Identifies what determines its log-probabilities: the same wherever its checkpoint lies."""
+        return _sha(json.dumps([self.weights, self.tokenizer.hash, self._prompts.template_hash]))
 
 
-def prompt_set(file: str, judge: str) -> PromptSet:
-    """The prompts of a file, and the judge at a path, without its parameters."""
-    records = prompts.read(file)
-    return PromptSet(Path(file).stem, records, Judge(judge, records))
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@ from hybrid_attn.config import Model
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import ruler
-from hybrid_attn.evals.judge import PromptSet
+from hybrid_attn.evals.prompt_set import PromptSet
 from hybrid_attn.evals.ruler import compat
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.infer.engine import Engine
@@ -70,7 +70,7 @@ class Settings(NamedTuple):
     engine_lengths: tuple[int, ...] | None = None  # those of evaluations that use an engine; None: `lengths`
     max_new_tokens: int = 256  # of an answer that is judged; `temperature` and `top_p` are those of its sampling
     temperature: float = 0.5
-    top_p: float = 0.75
+    top_p: float | None = 0.75
 
     def as_written(self) -> dict:
         """The fields by their names in run.json, where `engine_lengths` is "asked"; those of answers if they are judged."""

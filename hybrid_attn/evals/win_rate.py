@@ -21,29 +21,29 @@ from hybrid_attn.trees import check
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
-    prompt_set, requests, tokenizer = context.prompt_set, context.prompt_set.requests, context.eval_model.tokenizer
-    sampling = Sampling(settings.temperature, top_p=settings.top_p if settings.temperature else None)
-    seeds = [(settings.seed + i) % 2**32 for i in range(len(requests.prompts))]
-    options = AnswerOptions(GenerateOptions(sampling, requests.stops), seeds=seeds)
-    replies = answers(context.engine, tokenizer, requests.prompts, settings.max_new_tokens, options)
+    prompt_set, (ids, stops, *_), tokenizer = context.prompt_set, context.prompt_set.tokenized, context.eval_model.tokenizer
+    seeds = [(settings.seed + i) % 2**32 for i in range(len(ids))]
+    sampling = Sampling(settings.temperature, top_p=settings.top_p)
+    options = AnswerOptions(GenerateOptions(sampling, stops), seeds=seeds)
+    replies = answers(context.engine, tokenizer, ids, settings.max_new_tokens, options)
     texts = [x.text for x in replies]
-    log_probs = prompt_set.judge.log_probs(texts, [int(x.tokens[-1]) in requests.stops for x in replies])
+    log_probs = prompt_set.judge.log_probs(texts, [int(x.tokens[-1]) in stops for x in replies])
     check_finite(log_probs, "the judge's log-probability of an answer")
     ids = prompt_set.judge.encode(texts)
     plain, adjusted = distinct(ids, prompt_set.judge.tokenizer.vocab_size)
-    record = {"length": unit.length, "prompts": len(texts), "prompts_hash": prompt_set.hash, "judge": prompt_set.judge.weights}
+    record = {"length": unit.length, "prompts": len(texts), "prompts_hash": prompt_set.hash, "judge": prompt_set.judge.hash}
     record |= {"log_prob": sum(log_probs) / len(texts), "tokens": sum(map(len, ids)) / len(texts)}
     record |= {"distinct": plain, "ead": adjusted, "log_probs": log_probs, "answers": texts}
     return measured_of_source(unit, [record | {"prompt_ends": [x[-PROMPT_END:] for x in prompt_set.texts]}])
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
-    """TooLongError where a prompt and its answer may be longer than the unit."""
-    where, ids = max(zip(context.prompt_set.records, context.prompt_set.requests.prompts, strict=True), key=lambda x: len(x[1]))
-    total = len(ids) + settings.max_new_tokens
-    if total > unit.length:
-        sizes = f"{len(ids):,} tokens of {where} and {settings.max_new_tokens:,} new ones do not fit into {unit.length:,}"
+    """TooLongError where a prompt and its answer may be longer than the unit, or than a sequence of the judge's training."""
+    where, size = context.prompt_set.tokenized.longest([*context.prompt_set.records])
+    if size + settings.max_new_tokens > unit.length:
+        sizes = f"{size:,} tokens of {where} and {settings.max_new_tokens:,} new ones do not fit into {unit.length:,}"
         raise TooLongError(f"{unit.eval} of {unit.part}: {sizes}; give larger --lengths or a smaller --max_new_tokens")
+    context.prompt_set.judge.check_fits(settings.max_new_tokens)
 
 
 def check_record(record: Mapping, where: str) -> None:

@@ -157,6 +157,12 @@ def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) ->
     return c.stages[c.last_stage(steps)].seq_len, "seq_len of the checkpoint's stage"
 
 
+def trained_length_of(directory: str | os.PathLike, step: int) -> tuple[int, str]:
+    """The same of the checkpoint of `step` in `directory`."""
+    saved = saved_of(directory, step)
+    return trained_length(saved.config, Path(directory), sum(saved.stage_steps) if saved.stage_steps else step)
+
+
 def stop_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> list[int]:
     """Ids that end an answer: EOS, and every `eos_token_id` in the config files of an imported model.
 
