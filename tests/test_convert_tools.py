@@ -102,12 +102,12 @@ def tools(capsys):
     return call
 
 
-def save_run(workdir, seed):
-    """Writes a run of HYBRID like training does, and returns its parameters."""
+def save_run(workdir, seed, **data):
+    """Writes a run of HYBRID like training does, with more `data` in its state, and returns its parameters."""
     params = random_params(HYBRID, seed)
     c = config.to_dict(tiny()) | {"model": config.to_dict(HYBRID)}
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=1, every=1)
-    checkpoints.save(3, {"params": params}, {"stage_steps": [3], "stage": {"tokenizer": "bytes"}}, c, wait=True)
+    checkpoints.save(3, {"params": params}, {"stage_steps": [3], "stage": {"tokenizer": "bytes"}} | data, c, wait=True)
     checkpoints.close()
     return params
 
@@ -130,6 +130,19 @@ def test_a_workdir_of_any_name_is_exported_to_a_directory_of_any_name(tools, tmp
     assert status == 2 and "none is no directory; name a run's workdir" in err and err.count("\n") == 1
     status, _, err = tools("export_hf", f"--checkpoint={workdir}", f"--out={out}", "--step=4")
     assert status == 2 and "has no complete checkpoint of step 4; it has 3" in err and err.count("\n") == 1
+
+
+def test_an_export_has_the_chat_template_of_the_conversations(tools, tmp_path, one_device):
+    template = "{{ messages[0]['content'] }}é\r\n"
+    save_run(tmp_path / "run", 0, chat_template=template)
+    for other in (None, "of the imported model"):
+        if other is not None:
+            companions = tmp_path / "run" / "checkpoints" / "companions"
+            companions.mkdir()
+            (companions / "chat_template.jinja").write_text(other)
+        status, said, err = tools("export_hf", f"--checkpoint={tmp_path}/run", f"--out={tmp_path}/{other}")
+        assert status == 0 and said.endswith("with config.json, chat_template.jinja\n"), err
+        assert (tmp_path / f"{other}" / "chat_template.jinja").read_bytes().decode() == template
 
 
 @pytest.mark.parametrize(

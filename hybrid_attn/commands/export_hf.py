@@ -2,7 +2,7 @@
 
 --checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
 or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged, and
-factors of low rank multiplied.
+factors of low rank multiplied. The chat template of the training becomes chat_template.jinja.
 --peft writes the adapter alone instead, as PEFT stores LoRA.
 """
 
@@ -13,6 +13,7 @@ from absl import flags
 
 from hybrid_attn import programs
 from hybrid_attn.convert import families, hf, peft
+from hybrid_attn.data import chat
 from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.merged import Merged, of_matrices
@@ -30,7 +31,8 @@ def export_model() -> None:
     hf.library()  # fails before anything is read
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
-    c = loading.saved_of(directory, step).config
+    saved = loading.saved_of(directory, step)
+    c = saved.config
     files = Path(directory) / IMPORTED_FILES
     model, parameters = of_matrices(c.model), Merged(directory, step, c.model)
     type = c.model.adapter.type
@@ -43,8 +45,11 @@ def export_model() -> None:
         return
     with hf.new_directory(OUT.value) as new:
         hf.write(new, model, described, parameters.shapes, parameters.slices, DTYPE.value)
-        copied = hf.copy_files(files, new, without=("config.json",))
-    print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *copied])}")
+        others = hf.copy_files(files, new, without=("config.json",))
+        if saved.chat_template is not None:  # goes before that of an imported model, as in a chat with the checkpoint
+            (new / chat.BESIDE).write_text(saved.chat_template, encoding="utf-8", newline="")
+            others = sorted({*others, chat.BESIDE})
+    print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *others])}")
 
 
 def main(argv):
