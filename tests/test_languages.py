@@ -56,6 +56,13 @@ def test_a_language_has_the_loss_and_the_accuracy_of_its_logits(sizes):
     np.testing.assert_allclose(record["by_row"], sums[1] / sums[2], rtol=1e-6)
 
 
+def test_nothing_is_right_where_all_tokens_are_equally_likely(one_device):
+    eval_model = eval_model_on(jax.sharding.get_mesh())
+    eval_model = eval_model._replace(params=jax.tree.map(jnp.zeros_like, eval_model.params))
+    record = languages.record_of(eval_model, Spec(text_documents(60), LENGTH, LENGTH))
+    assert record["accuracy"] == 0 and record["loss"] == pytest.approx(math.log(eval_model.model.vocab_size))
+
+
 def test_the_record_of_a_unit_is_of_its_source(one_device, monkeypatch):
     specs = []
     monkeypatch.setattr(languages, "record_of", lambda eval_model, spec: specs.append(spec) or {"length": spec.length})

@@ -31,7 +31,8 @@ ROUNDING = 1e-4  # nats by which two computations of a token's log-probability m
 def record_of(eval_model: EvalModel, spec: Spec) -> dict:
     """Loss in nats, bits per byte, and the share of tokens that are the most likely ones after those before, in `spec`.
 
-    `by_row` are the shares of single sequences.
+    Where two tokens are equally likely and no other is likelier, neither is right: a model that finds all tokens equally likely
+    has an accuracy of 0. `by_row` are the shares of single sequences.
     """
     sequences = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     count, batch_size = -(-spec.tokens // spec.length), batch_shards(eval_model.mesh)
@@ -49,9 +50,9 @@ def record_of(eval_model: EvalModel, spec: Spec) -> dict:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(model: Model, execution: Execution, params: dict, batch: dict) -> jax.Array:
     """Losses, tokens that are the most likely ones, tokens and bytes of each sequence, [4, B], on every device."""
-    nll_BT, best_BT1 = losses_and_most_likely(model, params, batch, execution, 1)
-    weights_BT = batch["weights"]
-    is_best_BT = -nll_BT >= best_BT1[..., 0] - ROUNDING
+    nll_BT, best_BT2 = losses_and_most_likely(model, params, batch, execution, 2)
+    weights_BT, (first_BT, second_BT) = batch["weights"], jnp.moveaxis(best_BT2, -1, 0)
+    is_best_BT = (-nll_BT >= first_BT - ROUNDING) & (second_BT < first_BT - ROUNDING)
     sums = [x_BT.sum(1) for x_BT in (weights_BT * nll_BT, weights_BT * is_best_BT, weights_BT, batch["bytes"])]
     return jax.reshard(jnp.array(sums), P())
 
