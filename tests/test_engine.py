@@ -340,6 +340,8 @@ def test_options_that_do_not_fit_the_prompts_are_refused(engine, options, messag
     [
         ({"chunk": 18}, "chunk=18 does not split over 4 context shards"),
         ({"cache": "int4"}, "'int4' is not one of"),
+        ({"slice": 0}, "slice=0 is not one of 1 to 32 tokens"),
+        ({"slice": 33}, "slice=33 is not one of 1 to 32 tokens"),
         ({"batch_size": 0}, "a batch of 0 requests does not split over 1 shards"),
     ],
 )

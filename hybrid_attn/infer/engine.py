@@ -74,8 +74,9 @@ class EngineOptions:
     slice: int = SLICE
 
     def on(self, mesh: Mesh) -> "EngineOptions":
-        """The options with a batch size; ValueError where they do not fit the mesh."""
+        """The options with a batch size; ValueError for those that are out of range or do not fit the mesh."""
         context, shards = mesh.shape["context"], batch_shards(mesh)
+        check(1 <= self.slice <= SLICE, f"slice={self.slice} is not one of 1 to {SLICE} tokens")
         check(self.cache in ("auto", "int8"), f"cache={self.cache!r} is not one of 'auto', 'int8'")
         splits = self.chunk >= 1 and self.chunk % context == 0
         check(splits, f"chunk={self.chunk} does not split over {context} context shards; use a multiple of {context}")
@@ -107,8 +108,7 @@ class Engine:
         self.mesh = jax.sharding.get_mesh()
         options = options.on(self.mesh)
         self.chunk, self.capacity, self.batch_size = options.chunk, options.capacity, options.batch_size
-        self.slice = min(options.slice, SLICE)
-        self.quantised, self.model = options.cache == "int8", config.model
+        self.slice, self.quantised, self.model = options.slice, options.cache == "int8", config.model
         platform = self.mesh.devices.flat[0].platform
         self.execution = execution_on(platform, config.model, config.train) if execution is None else execution
         self.weights = WEIGHTS(config.model, params, self.execution.dtype)

@@ -13,7 +13,7 @@ from hybrid_attn.trees import check
 
 
 class Session(Engine):
-    """An engine that reads of each prompt only what follows the prompt and the completion before, where it begins with these.
+    """An engine that keeps its KV cache: of a prompt that begins with the last prompt and completion, it reads only the rest.
 
     Another prompt is read from its beginning: a ring has no earlier tokens to go back to. So is one that outgrows the cache,
     which then gets twice the slots or more, and every prompt on a mesh that splits the tokens.
@@ -31,16 +31,19 @@ class Session(Engine):
         prompt = call.requests[0].prompt
         known = self._continued(prompt, len(prompt) + max_new_tokens)
         self.timing, sizes = Timing(len(prompt) - known), self._sizes(self._slots, self._slots)
+        state, self._state = self._state, None  # its arrays are donated; a reply that fails leaves none
         with self._timed("prefill_s"):
-            state = self._read(sizes, self._state if known else self._new_state(self._padded(1), sizes), prompt[known:])
-        self._state = None  # its arrays are donated; a reply that fails leaves none
+            state = self._read(sizes, state if known else self._new_state(self._padded(1), sizes), prompt[known:])
         self.timing.cache_bytes = caches.num_bytes(state.cache)
         (generated,), self._state = self._decoded(call, [0], sizes.config, state)
         self._tokens = np.concatenate([prompt, generated.tokens])
         return [generated]
 
     def _continued(self, prompt: np.ndarray, total: int) -> int:
-        """How many tokens of the prompt are in the cache: all that it has read, or none. It is as large as `total` asks."""
+        """How many tokens of the prompt are in the cache: all that it has read, or none.
+
+        Grows the cache if `total` tokens do not fit.
+        """
         known = len(self._tokens)
         fits = self._state is not None and total <= self._slots and self.mesh.shape["context"] == 1
         if fits and known <= len(prompt) and (prompt[:known] == self._tokens).all():
