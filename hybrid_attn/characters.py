@@ -16,6 +16,11 @@ def line(text: str) -> str:
     return visible(text).replace("\n", " ")
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text: Python decodes other bytes of arguments and of stdin to halves of surrogate pairs."""
+    return not any("\ud800" <= x <= "\udfff" for x in text)
+
+
 def _code(match: re.Match) -> str:
     number = ord(match[0])
     if 0xD800 <= number < 0xE000:

@@ -96,6 +96,29 @@ def run(
         sys.exit(code)
 
 
+class Interrupt:
+    """Ctrl-C in a body that `run` runs: from `begin` on, the first one sets `requested`, and the next one ends the program."""
+
+    requested, _before = False, None
+
+    def __enter__(self) -> "Interrupt":
+        return self
+
+    def begin(self) -> None:
+        """Ctrl-C does from here on what the class says; further calls change nothing."""
+        if self._before is None:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number, frame) -> None:
+        if self.requested:
+            self._before(number, frame)
+        self.requested = True
+
+
 def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:
     """Calls `end` `GRACE` seconds after a signal whose handler is `handler`; the result is a function that stops the watch.
 

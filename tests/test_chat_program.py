@@ -1,5 +1,6 @@
 """The program that chats: what it asks its session for, prints and refuses. The session here knows one reply."""
 
+import functools
 import io
 import os
 import signal
@@ -23,20 +24,20 @@ USER = "user:\n{}\n\nassistant:\n"
 
 
 class Session:
-    """Replies REPLY, three tokens at a time, and records its calls; `hook` is called before each piece."""
+    """Replies `reply`, three tokens at a time, and records its calls; `hook` gets the tokens sent so far before each piece."""
 
-    calls, hook = [], staticmethod(lambda: None)
+    calls, reply, hook = [], REPLY, staticmethod(lambda sent: None)
 
     def __init__(self, params, config, options):
         Session.options = options
 
     def generate(self, prompts, max_new_tokens, **options):
-        (prompt,), tokens = prompts, REPLY[:max_new_tokens]
+        (prompt,), tokens = prompts, Session.reply[:max_new_tokens]
         text = bytes(i for i in prompt if i < 256).decode()
         Session.calls.append((text, max_new_tokens, options["seeds"], options["options"]))
         sent = []
         for at in range(0, len(tokens), 3):
-            Session.hook()
+            Session.hook(sent)
             sent += tokens[at : at + 3]
             if options["on_tokens"](0, tokens[at : at + 3]):
                 break
@@ -105,16 +106,29 @@ def test_flags_reach_the_session_and_a_reply_that_is_cut_is_told(run):
 
 
 def test_commands_are_no_messages_and_the_end_is_one_of_them(run):
-    status, out, told = run(b"hi\n/reset\nhi\n/help\n/hlep me\n/exit\nhi\n")
-    assert (status, out) == (0, "yes, sir\nyes, sir\n") and Session.calls[0][0] == Session.calls[1][0]
+    status, out, told = run(b"hi\n/reset\nhi\n/help\n/reset\n/etc?\n/exit\nhi\n")
+    assert (status, out) == (0, "yes, sir\n" * 3) and Session.calls[0][0] == Session.calls[1][0]
     assert told[2] == "a new conversation" and told[4].startswith("/reset begins a new conversation, /exit or Ctrl-D ends the")
-    assert told[5] == f"there is no command /hlep; {told[4]}" and len(Session.calls) == 2
+    assert [x[0] for x in Session.calls[2:]] == [USER.format("/etc?")]
+
+
+def test_a_reply_ends_before_a_special_token_that_it_spells_and_the_conversation_goes_on(run, monkeypatch):
+    monkeypatch.setattr(Session, "reply", [*b"yes<|eos|>no", 257])
+    status, out, told = run(b"hi\nand\n", "--context=99")
+    assert (status, out) == (0, "yes\nyes\n") and not any("error" in x for x in told)
+    assert Session.calls[1][0] == f"{USER.format('hi')}yes\n{USER.format('and')}"
+
+
+def test_where_no_special_token_ends_a_reply_the_next_turn_of_the_template_does(run, monkeypatch, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    monkeypatch.setattr(Session, "reply", [*b"yes\n[user] no"])
+    assert run(b"hi\n", f"--chat_template={tmp_path / 'chat.jinja'}")[:2] == (0, "yes\n")
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (b"x" * 30, "the conversation would have 50 of 48 tokens; /reset begins a new one, and a larger --context allows more"),
+        (b"x" * 30, "the conversation would have 50 of 48 tokens; a larger --context allows more"),
         (b"a<|eos|>", "a message spells '<|eos|>', which is a special token; only the template may write one"),
         (b"\xff", "the message is not UTF-8"),
     ],
@@ -125,21 +139,34 @@ def test_a_message_that_cannot_be_answered_is_a_line_and_no_part_of_the_conversa
     assert [x[0] for x in Session.calls] == [USER.format("hi")]
 
 
+def test_a_conversation_that_is_full_is_told_to_begin_anew(run):
+    told = run(b"hi\n" + b"x" * 30 + b"\n")[2]
+    assert told[2].endswith("of 48 tokens; /reset begins a new one, and a larger --context allows more")
+
+
 def test_ctrl_c_stops_a_reply_which_stays_and_a_second_one_ends_the_program(run, monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(Session, "hook", staticmethod(lambda: os.kill(os.getpid(), signal.SIGINT)))
-    status, out, told = run(b"hi\n/exit\n", "--max_new_tokens=3")
-    assert (status, out, told[1:]) == (0, "yes\n", ["[25 of 48 tokens; --max_new_tokens cuts the reply]"])
 
-    def once():
-        if len(Session.calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupt(times, sent):
+        if len(Session.calls) == 1 and len(sent) == 3:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Session, "hook", staticmethod(once))
+    monkeypatch.setattr(Session, "hook", functools.partial(interrupt, 1))
     status, out, told = run(b"hi\nand\n", "--context=99")
-    assert (status, out) == (0, "yes\nyes, sir\n") and told[1] == "[25 of 99 tokens]"
-    assert Session.calls[1][0] == f"{USER.format('hi')}yes\n{USER.format('and')}"
-    monkeypatch.setattr(Session, "hook", staticmethod(lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    assert (status, out) == (0, "yes, s\nyes, sir\n") and told[1] == "[28 of 99 tokens]"
+    assert Session.calls[1][0] == f"{USER.format('hi')}yes, s\n{USER.format('and')}"
+    monkeypatch.setattr(Session, "hook", functools.partial(interrupt, 2))
+    status, out, told = run(b"hi\n")
+    assert (status, out, told[1:]) == (130, "yes\n", ["error: interrupted"])
+
+
+def test_ctrl_c_stops_a_reply_of_which_nothing_is_shown_and_ends_the_program_before_the_first_token(run, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(Session, "reply", [300] * 9)  # which have no text
+    monkeypatch.setattr(Session, "hook", lambda sent: len(sent) == 3 and os.kill(os.getpid(), signal.SIGINT))
+    assert run(b"hi\n")[2][1] == "[28 of 48 tokens]"
+    monkeypatch.setattr(Session, "hook", lambda sent: os.kill(os.getpid(), signal.SIGINT))
     status, out, told = run(b"hi\n")
     assert (status, out, told[1:]) == (130, "\n", ["error: interrupted"])
 
@@ -148,11 +175,11 @@ def test_ctrl_c_stops_a_reply_which_stays_and_a_second_one_ends_the_program(run,
     ("arguments", "said"),
     [
         (["--chat_template=none"], "--chat_template=none is not a file; name a file with a Jinja template"),
-        (["--chat_template=lost.jinja"], "the chat template leaves out the last message, of the role 'user'"),
+        (["--chat_template=lost.jinja"], "the chat template leaves out message 1, of the role 'user'"),
+        (["--chat_template=users.jinja", "--system=?"], "the chat template leaves out message 1, of the role 'system'"),
+        (["--system=\udcff"], "--system is not UTF-8"),
         (["--system=<|eos|>"], "a message spells '<|eos|>', which is a special token; only the template may write one"),
-        (["--context=9"], "the conversation would have 23 of 9 tokens; /reset begins a new one, and a larger --context allows"),
-        (["--top_p=0.5"], "top_p=0.5 changes nothing at temperature=0; use temperature=1"),
-        (["--stop="], "an empty string is no stop: ['']; leave it out"),
+        (["--context=9"], "the conversation would have 21 of 9 tokens; a larger --context allows more"),
         (["--step=4"], "checkpoints has no complete checkpoint of step 4; it has 2"),
         (["hi"], "'hi' is no flag"),
     ],
@@ -160,11 +187,26 @@ def test_ctrl_c_stops_a_reply_which_stays_and_a_second_one_ends_the_program(run,
 def test_what_cannot_be_a_chat_is_a_line(run, arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lost.jinja").write_text("Which model is this?")
+    (tmp_path / "users.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
     status, out, told = run(b"", *arguments)
     assert (status, out) == (2, "") and said in told[0] and len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--top_p=0.5"], "top_p=0.5 changes nothing at temperature=0; use temperature=1"),
+        (["--stop="], "an empty string is no stop: ['', "),
+        (["--chunk=3", "--mesh=context=2"], "chunk=3 does not split over 2 context shards"),
+    ],
+)
+def test_flags_are_checked_before_the_parameters_are_read(run, tool, arguments, said, monkeypatch):
+    monkeypatch.setattr(tool.loading, "load", None)
+    status, _, told = run(b"", *arguments)
+    assert status == 2 and said in told[0]
 
 
 def test_a_checkpoint_without_a_template_names_the_flag_for_one(run, tool, monkeypatch):
     monkeypatch.setattr(tool.loading, "chat_template", lambda *_: None)
     status, _, told = run(b"")
-    assert status == 2 and told[0].endswith("or, to generate and chat, name a file with --chat_template")
+    assert status == 2 and told[0].endswith("beside the tokenizer.json, or name one with --chat_template")

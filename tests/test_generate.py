@@ -142,6 +142,8 @@ def test_lines_may_have_questions_of_their_own(run, tmp_path):
     status, _, err = run(f"--prompts={source}")
     assert status == 2 and "some lines have a question and others have none; give --question for those" in err
     assert run(f"--prompts={source}", "--question=e")[0] == 0 and Engine.last.arguments["questions"] == [[*b"b"], [*b"e"]]
+    source.write_text('{"prompt": "a", "question": "b"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    assert f"others have none; {source}:2 has messages, so answer it from a file of its own" in run(f"--prompts={source}")[2]
 
 
 def test_messages_are_answered_after_the_template_of_the_checkpoint_beside_prompts(run, tmp_path):
@@ -155,6 +157,23 @@ def test_messages_are_answered_after_the_template_of_the_checkpoint_beside_promp
     template.write_text("{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}")
     assert run(f"--prompts={source}", f"--chat_template={template}", "--nobos")[0] == 0
     assert Engine.last.prompts == [[*b"hi>"], [*b"a"]]
+
+
+def test_what_ends_an_answer_does_not_depend_on_the_other_requests(run, tmp_path):
+    source, template = tmp_path / "in.jsonl", tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ bos_token }}{% endfor %}")
+    stops = []
+    for more in ("", '{"messages": [{"role": "user", "content": "hi"}]}\n'):
+        source.write_text('{"prompt": "a"}\n' + more)
+        assert run(f"--prompts={source}", f"--chat_template={template}")[0] == 0
+        stops.append(Engine.last.arguments["options"].stop_tokens)
+    assert stops == [[256, 257]] * 2
+
+
+@pytest.mark.parametrize("arguments", [["--stop="], ["--chunk=3", "--mesh=context=2"]])
+def test_flags_are_checked_before_the_parameters_are_read(run, tool, arguments, monkeypatch):
+    monkeypatch.setattr(tool.loading, "load", None)
+    assert run("--prompt=a", *arguments)[0] == 2
 
 
 def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
@@ -188,7 +207,7 @@ def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
         ),
         (["--prompt=a", "--mesh=tensor=9"], "needs 9 devices and 8 are here"),
         (["--prompts=none.jsonl"], "none.jsonl"),
-        (["--prompts=chat.jsonl", "--chat_template=none"], "--chat_template=none is not a file; name a file with a Jinja"),
+        (["--prompt=a", "--chat_template=none"], "--chat_template=none is not a file; name a file with a Jinja"),
         (["--prompts=chat.jsonl", "--question=a"], "--question follows prompts, and chat.jsonl:1 has messages; make it the"),
         (["--prompt=a", "--out="], "--out= is empty; name a file"),
         (["--prompt=a", "--out=none/out.jsonl", "--step=4"], "none/out.jsonl: No such file or directory"),

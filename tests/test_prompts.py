@@ -21,13 +21,45 @@ def test_a_request_is_the_beginning_of_the_document_that_has_the_answer(template
     assert Requests(tokenizer, template, bos=False).ids(TALK[:turns]) == ids[1:]
 
 
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (CHATML.replace("m.content", "m.content | tojson"), [says("user", "4?"), says("tool", 'the "sum"\nis 4')]),
+        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), [*TALK[:2], says("assistant", "a</think>b"), TALK[3]]),
+        (CHATML, [says("user", "4?"), says("assistant", None, tool_calls=[{"name": "sum"}]), says("tool", "4")]),
+        (LLAMA.replace("messages[1:]", "messages[1:] if messages[1] else raise_exception('none')"), TALK[:2]),
+    ],
+)
+def test_a_message_may_be_written_otherwise_than_it_is(template, messages):
+    assert Requests(BYTES, template).ids(messages)
+
+
 def test_an_answer_ends_with_the_token_that_ends_a_turn(tmp_path):
     tokenizer = with_specials(tmp_path, "<s>", "</s>", "<|im_start|>", "<|im_end|>")
     assert Requests(tokenizer, CHATML).ends() == [tokenizer.special_tokens["<|im_end|>"]]
     assert Requests(BYTES, PLAIN).ends() == [BYTES.eos]
-    assert Requests(BYTES, CHATML).ends() == []  # which are plain characters there
-    assert Requests(BYTES, None).ends() == []
-    assert Requests(BYTES, "{{ raise_exception('a system message comes first') }}").ends() == []
+    assert Requests(BYTES, "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}").ends() == [
+        BYTES.bos
+    ]
+    assert Requests(BYTES, PLAIN).end_texts() == Requests(tokenizer, CHATML).end_texts() == []
+
+
+@pytest.mark.parametrize(
+    ("template", "texts"),
+    [
+        (CHATML, ["<|im_end|>\n<|im_start|>user\n"]),  # plain characters to bytes
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", []),  # a line break ends no answer
+        (None, []),
+        ("{{ raise_exception('a system message comes first') }}", []),
+        ("{{ bos_token }}{{ messages[0].content }}", []),
+    ],
+)
+def test_where_no_special_token_ends_an_answer_the_text_before_the_next_turn_does(template, texts):
+    requests = Requests(BYTES, template)
+    assert requests.ends() == [] and requests.end_texts() == texts
 
 
 def test_tools_reach_the_template_of_a_request():
@@ -38,14 +70,17 @@ def test_tools_reach_the_template_of_a_request():
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (None, [says("user", "hi")], "it has messages, and there is no chat template; put a chat_template.jinja beside the"),
+        (None, [says("user", "hi")], "there is no chat template; put a chat_template.jinja beside the tokenizer.json, or name"),
         (PLAIN, [says("robot", "hi")], "the chat template fails: the role robot is none of system, user, assistant and tool"),
         (PLAIN, [says("user", "a<|eos|>b")], "a message spells '<|eos|>', which is a special token; only the template may"),
         (
             "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",
             [says("system", "be kind"), says("user", "hi")],
-            "the chat template leaves out the last message, of the role 'user'",
+            "the chat template leaves out message 2, of the role 'user'",
         ),
+        (NO_SYSTEM, [says("system", "hi"), says("user", "hi")], "the chat template leaves out message 1, of the role 'system'"),
+        ("{{ messages[-1].content }}", TALK[:2], "the chat template leaves out message 1, of the role 'system'"),
+        ("{% for m in messages %}{{ m.role }}: {% endfor %}", TALK[:2], "the chat template leaves out message 1, of the"),
     ],
 )
 def test_messages_that_a_template_does_not_write_are_refused(template, messages, said):

@@ -2,14 +2,14 @@
 
 --checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. Each line of stdin is a
 message. The reply is streamed to stdout; how many tokens the conversation has, of how many, goes to stderr. /reset begins a new
-conversation, /help lists the commands, /exit or the end of the input (Ctrl-D) ends the program. Ctrl-C stops a reply, which
-stays in the conversation; a second one, or one at the prompt, ends the program. Exit status: 2 for wrong flags and inputs; 1
-for logits that are not finite; 130 after Ctrl-C.
+conversation, /help lists the commands, /exit or the end of the input (Ctrl-D) ends the program. Ctrl-C stops a reply that has
+begun, which stays in the conversation; a second one, or one at another time, ends the program. Exit status: 2 for wrong flags
+and inputs; 1 for logits that are not finite; 130 after Ctrl-C.
 """
 
 import contextlib
+import dataclasses
 import functools
-import signal
 import sys
 from collections.abc import Iterator
 
@@ -17,13 +17,13 @@ import jax
 from absl import flags
 
 from hybrid_attn import allocator, compiled, programs
-from hybrid_attn.characters import visible
+from hybrid_attn.characters import is_utf8, visible
 from hybrid_attn.infer import loading, prompts
 from hybrid_attn.infer.engine import EngineOptions
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.session import Session
-from hybrid_attn.infer.text import AnswerOptions, TextStream, answers
+from hybrid_attn.infer.text import AnswerOptions, answers
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.trees import check
 
@@ -51,16 +51,17 @@ CACHE = flags.DEFINE_enum(
 MESH = flags.DEFINE_string("mesh", "", "Devices on each axis, as tensor=2; by default one device.")
 
 SLICE = 4  # tokens that are decoded before they are shown
-PROBE = "¿?"  # a message that no template has of its own
+PROBE = "?"  # a message that shows at the start whether the template writes the conversation
 RESET, HELP, EXIT = "/reset", "/help", "/exit"
 COMMANDS = f"{RESET} begins a new conversation, {EXIT} or Ctrl-D ends the program, Ctrl-C stops a reply"
 
 
 class Conversation:
-    """The messages so far, which have at most `context` tokens, as `limit` says."""
+    """The messages so far, at most `context` tokens; `limit` names the flag or default that sets this."""
 
     def __init__(self, requests: prompts.Requests, system: str | None, context: int, limit: str):
         self._requests, self.context, self.limit = requests, context, limit
+        check(is_utf8(system or ""), "--system is not UTF-8")
         self._first = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -68,11 +69,12 @@ class Conversation:
         self._messages, self.tokens = list(self._first), 0
 
     def with_message(self, text: str) -> list[int]:
-        """The tokens of the conversation with a message of the user behind it, which is no part of it before its reply is."""
-        check(not any("\ud800" <= character <= "\udfff" for character in text), "the message is not UTF-8")
+        """The tokens of the conversation with this message at its end. `add` stores it with its reply."""
+        check(is_utf8(text), "the message is not UTF-8")
         ids = self._requests.ids([*self._messages, {"role": "user", "content": text}])
-        cure = f"{RESET} begins a new one, and a larger --context allows more"
-        check(len(ids) < self.context, f"the conversation would have {len(ids):,} of {self.context:,} tokens; {cure}")
+        cure = f"{RESET} begins a new one, and " if self._messages != self._first else ""
+        sizes = f"the conversation would have {len(ids):,} of {self.context:,} tokens"
+        check(len(ids) < self.context, f"{sizes}; {cure}a larger --context allows more")
         return ids
 
     def add(self, text: str, reply: str, tokens: int) -> None:
@@ -85,40 +87,20 @@ class Conversation:
         return f"{self.tokens:,} of {self.context:,} tokens"
 
 
-class Interrupt:
-    """Ctrl-C in the body: the first one sets `requested`, and a second one does what it did before."""
-
-    requested = False
-
-    def __enter__(self) -> "Interrupt":
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number, frame) -> None:
-        if self.requested:
-            self._before(number, frame)
-        self.requested = True
-
-
 class Chat:
-    """Replies to messages with a session, whose stop tokens end a reply."""
+    """Replies to messages with a session; `options` are those of every reply."""
 
-    def __init__(self, session: Session, tokenizer: loading.Tokenizer, conversation: Conversation, stop_tokens: list[int]):
-        sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
+    def __init__(self, session: Session, tokenizer: loading.Tokenizer, conversation: Conversation, options: AnswerOptions):
         self._session, self._tokenizer, self._conversation = session, tokenizer, conversation
-        self._options, self._replies = GenerateOptions(sampling, stop_tokens), 0
-        TextStream(tokenizer, STOP.value)  # ValueError for an empty stop
+        self._options, self._replies = options, 0
 
     def take(self, line: str) -> None:
         """Does what a line says. A message that cannot be answered is an error on stderr."""
         if line == RESET:
             self._conversation.reset()
             tell("a new conversation")
-        elif line.startswith("/"):
-            tell(COMMANDS if line == HELP else f"there is no command {line.split()[0]}; {COMMANDS}")
+        elif line == HELP:
+            tell(COMMANDS)
         elif line:
             try:
                 ids = self._conversation.with_message(line)
@@ -129,22 +111,23 @@ class Chat:
 
     def _reply(self, line: str, ids: list[int]) -> None:
         most = min(MAX_NEW_TOKENS.value, self._conversation.context - len(ids))
-        options = AnswerOptions(self._options, STOP.value, seeds=[(SEED.value + self._replies) % 2**32])
+        options = dataclasses.replace(self._options, seeds=[(SEED.value + self._replies) % 2**32])
         try:
-            with Interrupt() as interrupt:
+            with programs.Interrupt() as interrupt:
                 show = functools.partial(shown, interrupt)
                 (answer,) = answers(self._session, self._tokenizer, [ids], most, options, show)
         finally:
             print(flush=True)  # ends the line, whatever interrupts the reply
         self._replies += 1
         self._conversation.add(line, answer.text, len(ids) + len(answer.tokens))
-        is_cut = len(answer.tokens) == most and answer.tokens[-1] not in self._options.stop_tokens
+        is_cut = len(answer.tokens) == most and answer.tokens[-1] not in options.generate.stop_tokens
         limit = "--max_new_tokens" if most == MAX_NEW_TOKENS.value else "--context"
         tell(f"[{self._conversation.fill}{f'; {limit} cuts the reply' if is_cut else ''}]")
 
 
-def shown(interrupt: Interrupt, _, piece: str) -> bool:
-    """Prints a piece of a reply; True where the user wants no more."""
+def shown(interrupt: programs.Interrupt, _, piece: str) -> bool:
+    """Prints a piece of a reply; True where the user wants no more. Before the first piece, Ctrl-C ends the program."""
+    interrupt.begin()
     print(piece, end="", flush=True)
     return interrupt.requested
 
@@ -178,18 +161,18 @@ def chat() -> None:
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     name = loading.name_of(directory, step)
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     with jax.set_mesh(mesh):
-        tokenizer = loading.described(directory, step).tokenizer
-        template = loading.chat_template(directory, step, CHAT_TEMPLATE.value)
-        check(template is not None, f"for {name} {prompts.NO_TEMPLATE}")
-        requests = prompts.Requests(tokenizer, template)
-        conversation = Conversation(requests, SYSTEM.value, *context_of(directory, step))
-        conversation.with_message(PROBE)  # ValueError where the template refuses the system message, or loses messages
-        stop_tokens = sorted({*loading.stop_tokens(directory, tokenizer), *requests.ends()})
+        form = prompts.format_of(directory, step, CHAT_TEMPLATE.value)
+        conversation = Conversation(form.requests, SYSTEM.value, *context_of(directory, step))
+        conversation.with_message(PROBE)  # ValueError where the template refuses the system message, or leaves messages out
+        spelled = form.tokenizer.special_tokens  # no message may spell one, so a reply ends before it
+        options = AnswerOptions(GenerateOptions(sampling, form.stop_tokens), [*STOP.value, *form.stops, *spelled])
+        sizes = EngineOptions(CHUNK.value, CACHE.value, slice=SLICE)
+        sizes.on(mesh)  # ValueError before the parameters are read
         c, params, _ = loading.load(directory, step)
-        session = Session(params, c, EngineOptions(CHUNK.value, CACHE.value, slice=SLICE))
-        talk = Chat(session, tokenizer, conversation, stop_tokens)
+        talk = Chat(Session(params, c, sizes), form.tokenizer, conversation, options)
         tell(f"{name}, with a context of {conversation.context:,} tokens ({conversation.limit}); {HELP} lists the commands")
         try:
             for line in lines():

@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
 
 from hybrid_attn import allocator, compiled, files, programs
+from hybrid_attn.characters import is_utf8
 from hybrid_attn.infer import loading, prompts
 from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions, Timing
@@ -70,16 +71,17 @@ def records() -> dict[str, dict]:
     """A record with a prompt or messages for each answer, by its origin, and a question in all of them or in none."""
     check((PROMPT.value is None) != (PROMPTS.value is None), "give either --prompt=TEXT or --prompts=FILE")
     for flag in (PROMPT, QUESTION):
-        # Python decodes bytes of arguments that are no UTF-8 to halves of surrogate pairs.
-        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in flag.value or "")
-        check(is_utf8, f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
+        check(is_utf8(flag.value or ""), f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
     read = {"--prompt": {prompts.PROMPT: PROMPT.value}} if PROMPT.value is not None else prompts.read(PROMPTS.value)
     if QUESTION.value is not None:
         for where, x in read.items():
             check(prompts.PROMPT in x, f"--question follows prompts, and {where} has messages; make it the last of them")
             x.setdefault(prompts.QUESTION, QUESTION.value)
-    all_or_none = len({prompts.QUESTION in x for x in read.values()}) == 1
-    check(all_or_none, f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
+    without = [where for where, x in read.items() if prompts.QUESTION not in x]
+    messages = next((where for where in without if prompts.MESSAGES in read[where]), None)
+    cure = "give --question for those" if messages is None else f"{messages} has messages, so answer it from a file of its own"
+    all_or_none = len(without) in (0, len(read))
+    check(all_or_none, f"{PROMPTS.value}: some lines have a question and others have none; {cure}")
     return read
 
 
@@ -128,16 +130,6 @@ def report(timing: Timing) -> str:
     )
 
 
-def read_requests(read: Mapping[str, Mapping], directory: str, step: int) -> tuple[list[str | list[int]], list[int]]:
-    """What each record asks of the checkpoint, text or the tokens of messages, and the ids that end an answer."""
-    tokenizer = loading.described(directory, step).tokenizer
-    stops = loading.stop_tokens(directory, tokenizer)
-    if not any(prompts.MESSAGES in x for x in read.values()):
-        return [x[prompts.PROMPT] for x in read.values()], stops
-    of_chat = prompts.Requests(tokenizer, loading.chat_template(directory, step, CHAT_TEMPLATE.value), BOS.value)
-    return of_chat.prompts(read), sorted({*stops, *of_chat.ends()})
-
-
 def generate() -> None:
     allocator.keep_freed_memory()
     compiled.keep()
@@ -151,20 +143,24 @@ def generate() -> None:
     shown = []
 
     def show(_, piece: str) -> None:
-        shown.append(piece)
-        print(piece, end="", flush=True)
+        if piece:
+            shown.append(piece)
+            print(piece, end="", flush=True)
 
     with jax.set_mesh(mesh):
-        requests, stop_tokens = read_requests(read, directory, step)
-        c, params, tokenizer = loading.load(directory, step)
-        engine = Engine(params, c, EngineOptions(CHUNK.value, CACHE.value, CAPACITY.value))
+        form = prompts.format_of(directory, step, CHAT_TEMPLATE.value, BOS.value)
+        requests = form.requests.prompts(read)
         options = AnswerOptions(
-            GenerateOptions(sampling, stop_tokens, compress),
-            stops=STOP.value,
+            GenerateOptions(sampling, form.stop_tokens, compress),
+            stops=[*STOP.value, *form.stops],
             seeds=[(SEED.value + i) % 2**32 for i in range(len(read))],
             questions=[x[prompts.QUESTION] for x in read.values() if prompts.QUESTION in x] or None,
             bos=BOS.value,
         )
+        sizes = EngineOptions(CHUNK.value, CACHE.value, CAPACITY.value)
+        sizes.on(mesh)  # ValueError before the parameters are read
+        c, params, tokenizer = loading.load(directory, step)
+        engine = Engine(params, c, sizes)
         on_text = show if PROMPT.value is not None else None
         try:
             replies = answers(engine, tokenizer, requests, MAX_NEW_TOKENS.value, options, on_text)

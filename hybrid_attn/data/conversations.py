@@ -7,7 +7,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -146,17 +146,20 @@ class _Turns:
 
     def __init__(self, template: chat.Template, messages: Sequence[Message], tools: Sequence | None):
         self._template, self._messages, self._tools = template, messages, tools
-        self._text = template.render(messages, tools)
+        self._text = self._render(messages)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        return self._template.render(messages, self._tools)
 
     def parts(self, trained: Sequence[bool]) -> Parts:
         """The text in parts: the `trained` turns without their headers, and what is between them."""
         parts, before, done = [], "", 0  # the text of the messages before, and the length of the parts
         for i, message in enumerate(self._messages):
             after = self._after(i, needed=trained[i])
-            name = f"message {i + 1}, of the role {message['role']!r}"
+            name = _named(i, message)
             if after in (None, before):  # a template may write a system message with the message that follows it
-                written = not trained[i] and any(texts_of(message)) and all(x in self._text for x in texts_of(message))
-                check(written, f"the chat template leaves out {name}")
+                check_written(self._render, self._text, self._messages, i)
+                check(not trained[i], f"the chat template writes {name} with others, so its turn is unknown")
                 continue
             changed = f"with {name}, the chat template changes the text of those before, so their turns are unknown"
             check(after.startswith(before), changed)
@@ -172,7 +175,7 @@ class _Turns:
         if i == len(self._messages) - 1:
             return self._text
         try:
-            return self._template.render(self._messages[: i + 1], self._tools)
+            return self._render(self._messages[: i + 1])
         except ValueError:
             if needed:
                 raise
@@ -210,6 +213,25 @@ def texts_of(message: Message) -> list[str]:
     content = message.get("content")
     texts = [content] if isinstance(content, str) else [x.get("text") for x in content or [] if isinstance(x, Mapping)]
     return [x.strip() for x in texts if isinstance(x, str) and x.strip()]
+
+
+def check_written(render: Callable[[Sequence[Message]], str], rendered: str, messages: Sequence[Message], i: int) -> None:
+    """ValueError if message i changes nothing in what `render` makes of the messages.
+
+    It gets another text there, or is left out if it has none or calls tools. The text itself need not be in `rendered`:
+    `tojson` escapes some characters, and some templates cut the reasoning of earlier turns.
+    """
+    texts = texts_of(messages[i])
+    others = [{**messages[i], "content": f"{' '.join(texts)}?"}] if texts and not messages[i].get("tool_calls") else []
+    try:
+        written = render([*messages[:i], *others, *messages[i + 1 :]]) != rendered
+    except ValueError:  # a template that fails then reads the message
+        written = True
+    check(written, f"the chat template leaves out {_named(i, messages[i])}")
+
+
+def _named(i: int, message: Message) -> str:
+    return f"message {i + 1}, of the role {message['role']!r}"
 
 
 def check_unspelled(special: re.Pattern, values) -> None:

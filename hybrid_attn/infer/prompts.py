@@ -4,22 +4,22 @@
 {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "tools": []}    the tools are optional
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from hybrid_attn import files
 from hybrid_attn.data import chat, conversations
 from hybrid_attn.data.chat import Message
 from hybrid_attn.data.conversations import MESSAGES, PROMPT, TOOLS
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, special_pattern
+from hybrid_attn.infer import loading
 from hybrid_attn.trees import check
 
 QUESTION = "question"
-MARK = "mark"  # a turn, in which the end of turns is looked up
-NO_TEMPLATE = (
-    "there is no chat template; put a chat_template.jinja beside the tokenizer.json, or, to generate and chat, name a file "
-    "with --chat_template"
-)
+MARK = "¿mark?"  # a text that no template has of its own
+NO_TEMPLATE = "there is no chat template; put a chat_template.jinja beside the tokenizer.json, or name one with --chat_template"
 
 
 def read(path: str) -> dict[str, dict]:
@@ -87,22 +87,53 @@ class Requests:
         return made
 
     def ids(self, messages: Sequence[Message], tools: Sequence | None = None) -> list[int]:
-        """BOS, the messages and the header of the assistant's turn; ValueError where the template fails or drops the last."""
-        check(self._template is not None, f"it has messages, and {NO_TEMPLATE}")
+        """BOS, the messages and the header of the assistant's turn; ValueError where the template fails or leaves one out."""
+        check(self._template is not None, NO_TEMPLATE)
         conversations.check_unspelled(self._special, [messages, tools])
-        text = self._template.render(messages, tools, generation_prompt=True)
-        written = all(x in text for x in conversations.texts_of(messages[-1]))
-        check(written, f"the chat template leaves out the last message, of the role {messages[-1]['role']!r}")
+        render = functools.partial(self._template.render, tools=tools, generation_prompt=True)
+        text = render(messages)
+        for i in range(len(messages)):
+            conversations.check_written(render, text, messages, i)
         ids = self._tokenizer.encode_rendered(text.encode())[0].tolist()
         return self._bos + ids[ids[:1] == [self._tokenizer.bos] :]
 
     def ends(self) -> list[int]:
-        """The special token with which the template ends a turn of the assistant, if there is one."""
-        if self._template is None:
-            return []
+        """The special token that ends a turn of the assistant, or else begins the user's next one, if there is one."""
+        for text in (self._behind_answer(), self._behind_answer(MARK)):
+            ids = self._tokenizer.encode_rendered(text.encode())[0].tolist()
+            special = [i for i in ids if i in self._tokenizer.special_tokens.values()]
+            if special:
+                return special[:1]
+        return []
+
+    def end_texts(self) -> list[str]:
+        """What the template writes between an answer and the user's next message, if no special token ends the answer."""
+        text = self._behind_answer(MARK)
+        return [text] if text.strip() and not self.ends() else []
+
+    def _behind_answer(self, *more: str) -> str:
+        """What the template writes behind an answer, up to a message of the user with the text `more`; "" where it fails."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        messages += [{"role": "user", "content": x} for x in more]
         try:
-            text = self._template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
+            parts = [] if self._template is None else self._template.render(messages).split(MARK)
         except ValueError:  # a template may want more messages, such as a system message
-            return []
-        ids = self._tokenizer.encode_rendered(text.rpartition(MARK)[2].encode())[0].tolist()
-        return [i for i in ids if i in self._tokenizer.special_tokens.values()][:1]
+            return ""
+        return parts[1] if len(parts) == len(messages) else ""
+
+
+class Format(NamedTuple):
+    """How a checkpoint is asked: its tokenizer, requests in its tokens, and the ids and the texts that end an answer."""
+
+    tokenizer: ByteTokenizer | JsonTokenizer
+    requests: Requests
+    stop_tokens: Sequence[int]
+    stops: Sequence[str]
+
+
+def format_of(directory: str, step: int, template_file: str | None = None, bos: bool = True) -> Format:
+    """The format of a checkpoint, by the chat template of `template_file`, or else its own."""
+    tokenizer = loading.described(directory, step).tokenizer
+    requests = Requests(tokenizer, loading.chat_template(directory, step, template_file), bos)
+    stop_tokens = sorted({*loading.stop_tokens(directory, tokenizer), *requests.ends()})
+    return Format(tokenizer, requests, stop_tokens, requests.end_texts())

@@ -15,12 +15,16 @@ CHARACTER = 4  # ids that one character may take
 MAX_INCOMPLETE = 16  # ids without a complete character after which all but the last `CHARACTER` of them are released
 
 
+def check_stops(stops: Sequence[str]) -> None:
+    check(all(stops), f"an empty string is no stop: {list(stops)!r}; leave it out")
+
+
 @dataclasses.dataclass(frozen=True)
 class AnswerOptions:
     """How prompts of text are answered.
 
-    `stops` are texts that end an answer and are no part of it. `seeds` are one for each prompt. `questions` are asked after the
-    prompts' caches are compressed. `bos` puts BOS before each prompt.
+    `stops` are texts, not empty, that end an answer and are no part of it. `seeds` are one for each prompt. `questions` are
+    asked after the prompts' caches are compressed. `bos` puts BOS before each prompt.
     """
 
     generate: GenerateOptions = GenerateOptions()
@@ -28,6 +32,9 @@ class AnswerOptions:
     seeds: Sequence[int] | None = None
     questions: Sequence[str] | None = None
     bos: bool = True
+
+    def __post_init__(self):
+        check_stops(self.stops)
 
 
 class Answer(NamedTuple):
@@ -44,7 +51,7 @@ def answers(
 ) -> list[Answer]:  # fmt: skip
     """The answers of an `Engine` to prompts of text, or of token ids that need no BOS; ValueError for an empty text.
 
-    `on_text(index, piece)` gets their pieces as they come; if it returns True, the answer ends.
+    `on_text(index, piece)` gets their pieces as they come, empty ones too; if it returns True, the answer ends.
     """
     prompt_ids = encoded(tokenizer, "prompt", prompts, [tokenizer.bos] * options.bos)
     question_ids = options.questions and encoded(tokenizer, "question", options.questions)
@@ -53,7 +60,7 @@ def answers(
 
     def add(index: int, piece: str) -> bool | None:
         texts[index] += piece
-        return on_text(index, piece) if piece and on_text else None
+        return on_text(index, piece) if on_text else None
 
     def on_tokens(index: int, ids: list[int]) -> bool | None:
         return add(index, streams[index].add(ids)) or streams[index].stopped
@@ -86,7 +93,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
-        check(all(stops), f"an empty string is no stop: {list(stops)!r}; leave it out")
+        check_stops(stops)
         self._tokenizer, self._stops, self.stopped = tokenizer, tuple(stops), False
         self._ids = self._context(before)  # starts at a character; includes text that has been released already
         self._num_released, self._start = len(self._decoded()), len(self._ids)
