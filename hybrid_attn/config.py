@@ -316,8 +316,8 @@ def _check_adapter(c: Config) -> None:
     averages = f"optim.ema_half_life={half_life} averages all parameters, and with {key} most are fixed; leave it at None"
     check(adapter is None or half_life is None, averages)
     chunk = next((stage.train.mlp_chunk for stage in c.each_stage if stage.train.mlp_chunk is not None), None)
-    chunked = f"train.mlp_chunk={chunk} and {key}: a feed-forward with an adapter or with factors takes all tokens at once"
-    check(chunk is None or adapter is fraction is None, f"{chunked}; leave train.mlp_chunk at None")
+    chunked = f"train.mlp_chunk={chunk} and {key}: use only one, as a feed-forward that both concern takes all tokens at once"
+    check(chunk is None or adapter is None and fraction is None, f"{chunked}; leave train.mlp_chunk at None")
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:

@@ -20,6 +20,7 @@ from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.model import flops, init, losses, specs
 from hybrid_attn.model.transforms import low_rank
+from hybrid_attn.programs import parse
 from hybrid_attn.train.optim import OPTIMISERS
 from hybrid_attn.train.step import init_state, make_step
 
@@ -28,8 +29,8 @@ EVERYWHERE = {"model.low_rank.rank_fraction": 0.5, "model.low_rank.targets": ("*
 ONE_G = {"model.pattern": "G", "model.num_layers": 1}
 
 
-def config_of(changes=None):
-    return tiny(EVERYWHERE | (changes or {}), G={"gate": "head"})
+def config_of(changes=None, **kinds):
+    return tiny(EVERYWHERE | (changes or {}), G={"gate": "head"}, **kinds)
 
 
 def dense(model: config.Model) -> config.Model:
@@ -175,6 +176,12 @@ def test_a_step_of_muon_on_eight_devices_is_that_on_one():
     assert_close(results[1], results[0], 1e-4)
 
 
+def test_a_matrix_of_one_column_has_no_factors():
+    shared = {"mlp.type": "moe", "mlp.experts": 4, "mlp.shared_experts": 1, "mlp.shared_gate": True}
+    mlp = specs(config_of(L=shared).model)["periods"]["L0"]["mlp"]
+    assert mlp["shared_gate"].shape == (32, 1) and mlp["shared"]["up"].keys() == {"u", "v"}
+
+
 def test_flops_and_parameters_count_the_factors():
     c = config_of({"model.low_rank.targets": ("periods/L0/attention/q",), "model.low_rank.rank_fraction": 0.25})
     fewer = 32 * 32 - 2 * 8 * 32
@@ -226,6 +233,16 @@ def test_factors_of_several_runs_are_not_averaged_and_those_of_one_run_are():
         merge.check_same_factors(models[:2])
         with pytest.raises(ValueError, match="^one/1 has factors of low rank; merge checkpoints of one run, or export each"):
             merge.check_same_factors(models)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_the_base_of_a_merge_counts_as_one_of_its_runs(method, tmp_path):
+    for name in ("one", "two"):
+        save(tmp_path / name, config_of(ONE_G))
+    flags = f"--method={method}", f"--base={tmp_path / 'two'}", f"--out={tmp_path / 'out'}"
+    with tool("merge") as merge, pytest.raises(ValueError, match="^.*/one/checkpoints/0 has factors of low rank; merge"):
+        parse(["merge", f"--checkpoint={tmp_path / 'one'}", *flags])
+        merge.merge_models()
 
 
 def test_a_mixture_is_not_made_of_factors():

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import BATCH, BLOCKED, mesh_of, on_mesh, random_params, tiny
+from conftest import BATCH, BLOCKED, ONE_LAYER, assert_close, mesh_of, on_mesh, random_params, tiny
 from test_low_rank import dense, groups_of, matrix, products
 
 from hybrid_attn import config
@@ -44,6 +44,18 @@ def test_the_ranks_of_a_layer_type_are_means_over_its_layers_and_those_of_factor
         assert len(of_matrices) == 7 and got[f"{rank}/L"] == pytest.approx(np.mean(of_matrices))
         q = matrix(of_dense["prefix"]["G0"]["attention"]["q"], weights["prefix"]["G0"]["attention"]["q"])
         assert got[f"{rank}/G/attention/q"] == pytest.approx(of_numpy(q)[i], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "molora"])
+def test_an_adapter_and_a_matrix_of_one_column_change_no_rank(kind, one_device):
+    mixture = {"mlp.type": "moe", "mlp.experts": 4, "mlp.shared_experts": 1}
+    plain = tiny(ONE_LAYER, L=mixture).model
+    changed = tiny(ONE_LAYER | {"model.adapter.type": kind}, L=mixture | {"mlp.shared_gate": True}).model
+    params = random_params(changed)
+    assert {"q_adapter"} < params["periods"]["L0"]["attention"].keys() and "shared_gate" in params["periods"]["L0"]["mlp"]
+    expected, got = (jax.jit(functools.partial(ranks.effective_ranks, model))(params) for model in (plain, changed))
+    assert got.keys() == expected.keys() and "stable_rank/L/mlp/shared/up" in got
+    assert_close(got, expected, 1e-6)
 
 
 def test_ranks_of_an_orthogonal_matrix_a_product_of_vectors_and_zeros():

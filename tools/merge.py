@@ -144,7 +144,10 @@ def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
 
 
 def check_same_factors(merged: Sequence[Model]) -> None:
-    """ValueError for factors of several runs: their products do not change where both factors do, but their mean does."""
+    """ValueError for factors of several runs.
+
+    U and V of two runs may differ though U V is the same; the product of their means is then another matrix.
+    """
     with_factors = [x for x in merged if x.saved.config.model.low_rank.rank_fraction is not None]
     several = len({x.directory for x in merged}) > 1
     cure = "merge checkpoints of one run, or export each with tools/export_hf.py, and import that"
@@ -171,8 +174,9 @@ def merge_models() -> None:
     merged = models()
     recipe = recipe_for(len(merged))
     base = model_at(BASE.value) if BASE.value else None
-    check_same_factors(merged)
-    shapes = shapes_of([*merged, *([base] if base else [])])
+    sources = [*merged, *([base] if base else [])]
+    check_same_factors(sources)
+    shapes = shapes_of(sources)
     last = max(merged, key=lambda model: sum(model.saved.stage_steps))  # the first of those that were trained longest
     values = checkpoint.read_config(last.directory, last.step)
     data = {"stage_steps": last.saved.stage_steps, "stage": {"tokenizer": last.saved.tokenizer_hash}}
@@ -188,7 +192,7 @@ def merge_models() -> None:
         companions = Path(last.directory) / files.IMPORTED_FILES
         if companions.is_dir():
             shutil.copytree(companions, directory / files.IMPORTED_FILES)
-    for line in differences([last, *(x for x in [*merged, *([base] if base else [])] if x is not last)]):
+    for line in differences([last, *(x for x in sources if x is not last)]):
         print(line)
     show(merged, base, recipe)
 

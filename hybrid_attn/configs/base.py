@@ -298,7 +298,7 @@ def _optim() -> ConfigDict:
     o.momentum = 0.95  # of Muon
     o.moment_dtype = "float32"  # float32 | bfloat16: of the first moment or the momentum; bfloat16 saves 2 bytes a parameter
     o.weight_decay = 0.1  # not on norms and embeddings; a step takes lr * weight_decay of a matrix off it
-    # Of factors of model.low_rank: frobenius = what decays the norm of their product, l2 = that of each factor.
+    # Of factors of model.low_rank: frobenius decays the norm of their product, l2 the norm of each factor.
     o.low_rank_decay = "frobenius"  # frobenius | l2
     # True: a step takes weight_decay times its rate over optim.lr off it (arXiv 2309.14322); lr is then the peak of all stages.
     o.independent_decay = False

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.model.params import ParamSpec
 from hybrid_attn.model.transformer import specs
-from hybrid_attn.model.transforms import is_plain
-from hybrid_attn.model.transforms.low_rank import is_factors
+from hybrid_attn.model.transforms import is_added
+from hybrid_attn.model.transforms.low_rank import can_have_factors, is_factors
 
 NAMES = "stable_rank", "entropy_rank"
 TINY = 1e-20  # beside a number that may be zero
@@ -27,7 +27,8 @@ TINY = 1e-20  # beside a number that may be zero
 def effective_ranks(model: Model, params: dict) -> dict[str, jax.Array]:
     """The ranks of each matrix, a mean over the layers of a type, and of each layer type, a mean over its matrices.
 
-    Every device decomposes the full matrix of one layer at a time. Matrices of experts and of routers are left out.
+    Every device decomposes the full matrix of one layer at a time. Matrices of experts and of routers, those of one column and
+    those of an adapter are left out.
     """
     by_matrix, by_letter = {}, {}
     for group, _, _ in model.groups:
@@ -59,9 +60,11 @@ Specs = ParamSpec | Mapping[str, ParamSpec]
 def _matrices(of_layer: dict, leaves: dict, path: str = "") -> Iterator[tuple[str, Specs, Leaf]]:
     """The name, the spec and the array of each matrix of a layer, or those of its two factors."""
     for name, spec in of_layer.items():
+        if is_added(name):
+            continue
         if isinstance(spec, Mapping) and not is_factors(spec):
             yield from _matrices(spec, leaves[name], f"{path}{name}/")
-        elif is_factors(spec) or is_plain(spec):
+        elif is_factors(spec) or can_have_factors(spec):
             yield f"{path}{name}", spec, leaves[name]
 
 

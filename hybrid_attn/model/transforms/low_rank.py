@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config_model import LowRank, Model
 from hybrid_attn.model.params import LOW_RANK, Linear, ParamSpec, Weight, multiply
-from hybrid_attn.model.transforms.transform import targets
+from hybrid_attn.model.transforms.transform import is_plain, targets
 from hybrid_attn.parallel.mesh import spec_of
 
 U, V = "u", "v"
@@ -34,13 +34,19 @@ def is_factors(leaf) -> bool:
     return isinstance(leaf, Mapping) and leaf.keys() == {U, V}
 
 
+def can_have_factors(spec: ParamSpec) -> bool:
+    """Whether a weight is a matrix of two or more rows and columns: the rank of any other is 1."""
+    return is_plain(spec) and min(_sizes(spec)) > 1
+
+
 def with_factors(model: Model, weights: dict, rngs: nnx.Rngs) -> dict:
     """The `Weight`s of a model with two factors in place of each target of `model.low_rank`.
 
     ValueError for a target that names no matrix which can have factors.
     """
     flat, low_rank = flatten_dict(weights, sep="/"), model.low_rank
-    for name in targets(model, flat, "model.low_rank.targets", low_rank.targets, "can have factors"):
+    possible = {name: weight for name, weight in flat.items() if can_have_factors(weight.spec)}
+    for name in targets(model, possible, "model.low_rank.targets", low_rank.targets, "can have factors"):
         weight = flat.pop(name)
         specs, decompose = factor_specs(low_rank, weight.spec), functools.partial(decomposed, low_rank, weight.spec)
         ones = low_rank.init == "spectral_ones"
