@@ -21,6 +21,7 @@ from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.model import flops, init, losses, specs
 from hybrid_attn.model.transforms import low_rank
 from hybrid_attn.programs import parse
+from hybrid_attn.train import init_from
 from hybrid_attn.train.optim import OPTIMISERS
 from hybrid_attn.train.step import init_state, make_step
 
@@ -206,6 +207,9 @@ def test_a_run_starts_from_the_nearest_products_to_the_matrices_of_another(tmp_p
     of_dense, of_factors = (flatten_dict(specs(x), sep="/") for x in (dense(c.model), c.model))
     pairs = groups_of(unflatten_dict(params, sep="/"))
     assert len(pairs) == 8 and record["new"] == [*v] and record["copied"] == len(there) - 1
+    assert record["factorised"] == 7
+    (line,) = init_from.lines(c.init_from, {"init_from": record | {"notes": []}}, new=True)
+    assert "; 7 matrices taken apart into factors, whose products are the nearest of their rank; new: periods/G0/" in line
     for name, pair in pairs.items():
         w, *uv = (matrix(*x) for x in ((of_dense[name], there[name]), *((of_factors[f"{name}/{x}"], pair[x]) for x in "uv")))
         p, s, q = np.linalg.svd(w, full_matrices=False)
@@ -214,6 +218,13 @@ def test_a_run_starts_from_the_nearest_products_to_the_matrices_of_another(tmp_p
         assert (error < 1e-5) == (not name.endswith("/v")), name
     for name in there.keys() - pairs.keys():
         np.testing.assert_array_equal(params[name], there[name])
+
+
+def test_new_parameters_are_named_by_their_matrix(tmp_path):
+    save(tmp_path, tiny(ONE_G, G={"gate": "head"}))
+    c = config_of(ONE_G | {"init_from.path": str(tmp_path), "init_from.new": ("periods/G0/attention/v/u",)})
+    with pytest.raises(ValueError, match="names 'periods/G0/attention/v/u', .*; did you mean 'periods/G0/attention/v'"):
+        start(c)
 
 
 def test_an_export_has_the_products(tmp_path, one_device):

@@ -1,6 +1,5 @@
 """The parameters of a checkpoint with an adapter or factors, as those of a model of matrices alone, period by period."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hybrid_attn import checkpoint
-from hybrid_attn.config import DENSE, NO_ADAPTER, Model
+from hybrid_attn.config import Model
 from hybrid_attn.model import abstract_params, specs, transforms
 from hybrid_attn.model.transforms.low_rank import U, V
 from hybrid_attn.trees import check
@@ -21,7 +20,7 @@ def of_matrices(model: Model) -> Model:
     name, mergeable = model.adapter.type, [name for name, x in transforms.TRANSFORMS.items() if x.merged is not None]
     problem = f"an adapter of model.adapter.type={name!r} depends on the token, and no matrix has the same products"
     check(name is None or name in mergeable, f"{problem}; {' and '.join(mergeable)} can be merged")
-    return dataclasses.replace(model, adapter=NO_ADAPTER, low_rank=DENSE)
+    return transforms.dense(model)
 
 
 class Merged(NamedTuple):

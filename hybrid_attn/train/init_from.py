@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from hybrid_attn import checkpoint, trees
-from hybrid_attn.config import DENSE, Config, InitFrom, to_dict, with_override
+from hybrid_attn.config import Config, InitFrom, to_dict, with_override
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.model import transforms
@@ -41,11 +41,11 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     """
     directory, step = locate(c.init_from)
     source = loading.name_of(directory, step)
-    expected = flatten_dict(abstract_state(c, mesh).params, sep="/")
+    own = flatten_dict(abstract_state(c, mesh).params, sep="/")
     try:
         saved, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
         shapes_there = checkpoint.read_shapes(directory, step)
-        expected = with_matrices(c, mesh, expected, shapes_there)
+        expected = with_matrices(c, mesh, own, shapes_there)
         shapes_here = {name: x.shape for name, x in expected.items()}
         copied, new, ignored = assign(c.init_from, shapes_here, shapes_there, source)
         params = read_copied(directory, step, copied, expected)
@@ -58,7 +58,8 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     embeddings = {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
-    record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
+    counts = {"copied": len(copied), "factorised": len(copied.keys() - own.keys())}
+    record = {"path": directory, "step": step, "fingerprint": fingerprint, **counts}
     if (template := checkpoint.chat_template(data)) is not None:
         record |= {checkpoint.CHAT_TEMPLATE: template}
     if is_base(c, expected, copied):
@@ -66,16 +67,12 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}
 
 
-def dense(c: Config) -> Config:
-    """The config of the run with a matrix in place of its factors."""
-    return dataclasses.replace(c, model=dataclasses.replace(c.model, low_rank=DENSE))
-
-
 def with_matrices(c: Config, mesh: Mesh, expected: dict, there: Shapes) -> dict:
     """The `expected` parameters, with a matrix in place of two factors where the checkpoint has it."""
     if c.model.low_rank.rank_fraction is None:
         return expected
-    of_dense = flatten_dict(abstract_state(dense(c), mesh).params, sep="/")
+    dense = dataclasses.replace(c, model=transforms.dense(c.model))
+    of_dense = flatten_dict(abstract_state(dense, mesh).params, sep="/")
     matrices = {name: x for name, x in of_dense.items() if name not in expected and source_of(c.init_from, name) in there}
     return {name: x for name, x in expected.items() if name.rpartition("/")[0] not in matrices} | matrices
 
@@ -95,6 +92,8 @@ def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
     record = recorded["init_from"]
     names = {key: first_eight(record[key]) or "none" for key in ("new", "ignored")}
     origin = f"{record['copied']} leaves copied from {record['path']} step {record['step']}"
+    if record["factorised"]:
+        origin += f"; {record['factorised']} matrices taken apart into factors, whose products are the nearest of their rank"
     first = f"parameters   {origin}; new: {names['new']}; ignored: {names['ignored']}"
     header = ["             differs from that checkpoint (saved -> new):"] if record["notes"] else []
     return [first, *header, *(f"               {note}" for note in record["notes"])]
@@ -203,7 +202,7 @@ def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def started(c: Config, copied: dict[str, jax.Array]) -> TrainState:
     """The state before the first step with the `copied` parameters, by name, and with the initial values of the others."""
-    params, matrices = flatten_dict(init_state(c).params, sep="/"), flatten_dict(specs(dense(c).model), sep="/")
+    params, matrices = flatten_dict(init_state(c).params, sep="/"), flatten_dict(specs(transforms.dense(c.model)), sep="/")
     for name, x in copied.items():
         if name in params:
             params[name] = x

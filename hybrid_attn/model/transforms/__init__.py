@@ -6,6 +6,7 @@ with them. Inside a layer the matrix is then multiplied by the transform's `prod
 their matrix.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hybrid_attn.config import NO_ADAPTER
+from hybrid_attn.config import DENSE, NO_ADAPTER
 from hybrid_attn.config_model import Adapter, Model
 from hybrid_attn.model.transforms import low_rank
 from hybrid_attn.model.transforms.ia3 import IA3
@@ -23,7 +24,7 @@ from hybrid_attn.model.transforms.mov import MOV
 from hybrid_attn.model.transforms.transform import SETTINGS, SUFFIX, Transform, is_plain, targets
 from hybrid_attn.trees import check, choice
 
-__all__ = ["SUFFIX", "TRANSFORMS", "attach", "changes", "is_added", "is_plain", "low_rank", "separated"]
+__all__ = ["SUFFIX", "TRANSFORMS", "attach", "changes", "dense", "is_added", "is_plain", "low_rank", "separated"]
 __all__ += ["transform_of", "with_added"]
 TRANSFORMS: dict[str, Transform] = {"lora": LORA, "ia3": IA3, "mov": MOV, "molora": MOLORA}
 
@@ -41,6 +42,11 @@ def is_added(name: str) -> bool:
 def changes(model: Model) -> bool:
     """Whether a model has an adapter or factors."""
     return model.adapter.type is not None or model.low_rank.rank_fraction is not None
+
+
+def dense(model: Model) -> Model:
+    """The model of the matrices alone: without an adapter, and with a matrix in place of two factors."""
+    return dataclasses.replace(model, adapter=NO_ADAPTER, low_rank=DENSE)
 
 
 def with_added(model: Model, weights: dict, rngs: nnx.Rngs) -> dict:
