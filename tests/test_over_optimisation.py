@@ -38,10 +38,11 @@ def test_a_row_has_the_qualities_at_start_peak_and_end_and_at_the_turns(study):
         "letters": (12,) * 4,
         "chosen": (-1, -2, -3, -4),
     }
-    columns |= {"entropy_bits": (2.0, 1.5, 1.2, 1.1), "mass": (1.0, 0.999, 0.9, 0.8)}
-    records = {20 * i: {name: x[i] for name, x in columns.items()} for i in range(4)}
+    columns |= {"entropy_bits": (1.0, 1.5, 1.2, 1.1), "mass": (1.0, 0.9, 0.895, 0.8)}  # step 0 is not evaluated in a run
+    columns = {name: (*x, x[-1]) for name, x in columns.items()}
+    records = {20 * i: {name: x[i] for name, x in columns.items()} for i in range(5)}
     assert study.row_of(records) == [
-        "20", "0.50, 0.90, 0.20", "12.0, 12.0, 12.0", "1.0, 2.0, 4.0", "-1.0, -2.0, -4.0", "no turn", "20 (0.90)"
+        "20", "0.50, 0.90, 0.20", "12.0, 12.0, 12.0", "1.0, 2.0, 4.0", "-1.0, -2.0, -4.0", "no turn", "40 (0.60)"
     ]  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_a_short_study_makes_a_table_and_is_not_repeated(study, tmp_path, monkey
     study.show()
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[2].split()[:4] == ["|", "dpo", "|", "0"]
-    (path,) = tmp_path.glob("seed0/dpo/quality_*.json")
+    (path,) = tmp_path.glob("letters24_seed0/dpo_4_2/quality_*.json")
     assert list(json.loads(path.read_text())) == ["0", "2", "4"]
     monkeypatch.setattr(study, "run_of", lambda *_: pytest.fail("trained again"))
     study.show()

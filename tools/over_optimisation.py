@@ -5,7 +5,8 @@
 The language is a Markov chain over --letters, each of which has two followers; half of the letters of a text are noise. A
 model is trained on texts, then on few pairs of completions, of which the one with more transitions of the chain is chosen. The
 true quality of what it samples is the share of these transitions. There is a run for each objective and seed, which changes
-texts, pairs and first parameters. What is complete in --out is not repeated. Exit codes: 2 for a wrong flag or input.
+texts, pairs and first parameters. What is complete in --out is not repeated; other --letters, --steps and --every have runs of
+their own there. Exit codes: 2 for a wrong flag or input.
 """
 
 import dataclasses
@@ -140,9 +141,14 @@ def rate(peak: float):
     return base.lr_schedule(start=peak, end=peak / 2, warmup_steps=10)
 
 
-def run_of(out: Path, objective: str, seed: int) -> tuple[Config, Path]:
-    """The config and the workdir of a run on pairs, after the run on texts and after it are trained."""
-    folder = out / f"seed{seed}"
+def workdir_of(out: Path, objective: str, seed: int) -> Path:
+    """The workdir of a run on pairs, in the folder of its language and seed."""
+    return out / f"letters{LETTERS.value}_seed{seed}" / f"{objective}_{STEPS.value}_{EVERY.value}"
+
+
+def run_of(workdir: Path, objective: str, seed: int) -> Config:
+    """The config of a run on pairs, after the run on texts and after it are trained."""
+    folder = workdir.parent
     for name in NUMBERS:
         write_pairs(folder, name, seed)
     texts = config_of(folder, "texts", seed, objective="sft", steps=TEXT_STEPS, lr_schedule=rate(3e-3))
@@ -150,8 +156,8 @@ def run_of(out: Path, objective: str, seed: int) -> tuple[Config, Path]:
     settings = {"objective": objective, "preference": OBJECTIVES[objective]}
     c = config_of(folder, "pairs", seed, steps=STEPS.value, lr_schedule=rate(1e-4), **settings)
     c = dataclasses.replace(c, init_from=dataclasses.replace(c.init_from, path=str(folder / "sft")))
-    loop.train(c, str(folder / objective))
-    return c, folder / objective
+    loop.train(c, str(workdir))
+    return c
 
 
 def measured(c: Config, workdir: Path, step: int, programs_made: dict) -> dict:
@@ -173,9 +179,10 @@ def measured(c: Config, workdir: Path, step: int, programs_made: dict) -> dict:
 
 def measurements(out: Path, objective: str, seed: int, programs_made: dict) -> dict[int, dict]:
     """What `measured` gives of every checkpoint of a run, by its step; a file of the workdir keeps it."""
-    path = out / f"seed{seed}" / objective / f"quality_{STEPS.value}_{EVERY.value}_{SAMPLES.value}.json"
+    workdir = workdir_of(out, objective, seed)
+    path = workdir / f"quality_{SAMPLES.value}.json"
     if not path.exists():
-        c, workdir = run_of(out, objective, seed)
+        c = run_of(workdir, objective, seed)
         with jax.set_mesh(make_mesh(c.mesh)):
             steps = [0, *checkpoint.steps(workdir / "checkpoints")]
             records = {step: measured(c, workdir, step, programs_made) for step in steps}
@@ -184,12 +191,15 @@ def measurements(out: Path, objective: str, seed: int, programs_made: dict) -> d
 
 
 def row_of(records: dict[int, dict]) -> list[str]:
-    """The step of the best quality, what is shown at the start, there and at the end, and the turns with the quality there."""
+    """The step of the best quality, what is shown at the start, there and at the end, and the turns with the quality there.
+
+    The rule sees what a run does, which is not evaluated at step 0.
+    """
     of = {name: {step: record[name] for step, record in records.items()} for name in (*SHOWN, *INDICATORS)}
     peak, last = max(of["quality"], key=of["quality"].get), max(records)
     cells = [str(peak), *(", ".join(form.format(of[name][step]) for step in (0, peak, last)) for name, form in SHOWN.items())]
     for name in INDICATORS:
-        turn = turn_of(name, of[name])
+        turn = turn_of(name, {step: x for step, x in of[name].items() if step > 0})
         cells.append(f"{turn.step} ({of['quality'][turn.step]:.2f})" if turn.has_come(PATIENCE) else "no turn")
     return cells
 
