@@ -46,6 +46,18 @@ def test_a_row_has_the_qualities_at_start_peak_and_end_and_at_the_turns(study):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--letters=8", "--steps=6", "--every=1", "--samples=4"])
+def test_a_study_does_not_read_what_another_one_measured(flag, study, tmp_path, monkeypatch):
+    path = study.workdir_of(tmp_path, "dpo", 0) / "quality_8.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"2": {"quality": 0.5}}')
+    assert study.measurements(tmp_path, "dpo", 0, {}) == {2: {"quality": 0.5}}
+    monkeypatch.setattr(study, "run_of", lambda workdir, *_: pytest.fail(f"{workdir} is not measured"))
+    parse(["over_optimisation", f"--out={tmp_path}", "--steps=4", "--every=2", "--samples=8", flag])
+    with pytest.raises(pytest.fail.Exception, match="is not measured"):
+        study.measurements(tmp_path, "dpo", 0, {})
+
+
 @pytest.mark.slow
 def test_a_short_study_makes_a_table_and_is_not_repeated(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "NUMBERS", {"texts": 64, "pairs": 48})
