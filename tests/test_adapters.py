@@ -47,11 +47,11 @@ def of_types(*fast):
 
 
 def config_of(changes=None):
-    """With the settings of `LORA`, where its type is another, only if that reads them or `changes` has them."""
-    values = LORA | (changes or {})
+    """Without the settings that the type of the adapter does not read."""
+    values = SIZES | LORA | EVERYWHERE | (changes or {})
     read = transforms.TRANSFORMS[values[TYPE]].reads if values[TYPE] in transforms.TRANSFORMS else ()
-    unread = {f"model.adapter.{name}" for name in SETTINGS if name not in read} - (changes or {}).keys()
-    return tiny({key: x for key, x in (SIZES | EVERYWHERE | values).items() if key not in unread}, G={"gate": "head"})
+    unread = {f"model.adapter.{name}" for name in SETTINGS if name not in read}
+    return tiny({key: x for key, x in values.items() if key not in unread}, G={"gate": "head"})
 
 
 def merged(model: config.Model, params: dict) -> dict:
@@ -210,7 +210,7 @@ def test_a_mixture_of_one_is_the_adapter_without_a_mixture(type, one_device):
         else:
             plain[name] = x
     plain |= {f"{group}/{leaf}": of(added) for group, added in groups.items() for leaf, of in leaves.items()}
-    alone = dataclasses.replace(c.model, adapter=dataclasses.replace(c.model.adapter, type=other))
+    alone = dataclasses.replace(c.model, adapter=dataclasses.replace(c.model.adapter, type=other, experts=NO_ADAPTER.experts))
     batch = on_mesh(BATCH)
     shapes = jax.tree.map(lambda x: x.shape, init(alone, jax.random.key(0)))
     assert shapes == jax.tree.map(np.shape, unflatten_dict(plain, sep="/"))
@@ -257,7 +257,6 @@ def test_a_mixture_is_that_of_its_products_one_by_one(type, one_device):
         ),
         ({"model.adapter.targets": ("embed",)}, "targets names 'embed', and this model, among the matrices"),
         ({"model.adapter.targets": ("*/norm/weight",)}, r"targets names '\*/norm/weight', and this model, among the matrices"),
-        ({TYPE: "mov", "model.adapter.rank": 4}, "^model.adapter.rank=4, and the type 'mov' does not read it; leave it at 8"),
         ({"model.adapter.targets": ()}, "^adapter.targets is empty; name the matrices"),
         ({"optim.ema_half_life": 0.5}, "ema_half_life=0.5 averages all parameters, .*; leave it at None"),
         (
@@ -282,6 +281,11 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         specs(config_of(changes).model)
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_the_type_does_not_read_is_refused():
+    with pytest.raises(ValueError, match="^model.adapter.rank=4, and the type 'mov' does not read it; leave it at 8"):
+        specs(tiny({TYPE: "mov", "model.adapter.rank": 4}).model)
 
 
 def test_experts_and_routers_take_no_adapter():
