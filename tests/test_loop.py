@@ -23,7 +23,7 @@ from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.evals.records import is_total
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.train import loop
+from hybrid_attn.train import loop, resume
 from hybrid_attn.train import step as step_module
 from hybrid_attn.train.objectives import OBJECTIVES
 
@@ -175,9 +175,9 @@ def test_the_objective_of_a_stage_in_its_middle_cannot_change_and_older_checkpoi
     with jax.set_mesh(mesh), contextlib.closing(checkpoint.Checkpoints(tmp_path, 1, 1)) as checkpoints:
         state = jax.jit(step_module.init_state, static_argnums=0)(c)
         checkpoints.save(2, state, {"stage_steps": [2], "stage": identity}, config.to_dict(c), wait=True)
-        assert loop.first_state(c, [loop.OLDER_STAGE], mesh, checkpoints)[1] == 2
+        assert loop.first_state(c, [resume.OLDER_STAGE], mesh, checkpoints)[1] == 2
         with pytest.raises(ValueError, match=r"another objective there \(saved -> new\):\n  objective: next_token -> other\n"):
-            loop.first_state(c, [loop.OLDER_STAGE | {"objective": "other"}], mesh, checkpoints)
+            loop.first_state(c, [resume.OLDER_STAGE | {"objective": "other"}], mesh, checkpoints)
 
 
 def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, capsys):

@@ -1,5 +1,6 @@
 """Objectives of pairs: their closed forms, sums over packed pairs on every mesh, and runs that train on them."""
 
+import contextlib
 import functools
 import json
 import math
@@ -222,6 +223,19 @@ def test_a_z_loss_is_refused_and_settings_are_what_a_stage_goes_on_with(store):
         c = of_store(store, stages=[{"preference": base.preference(beta=beta)}])
         identities += loop.load_data(c).identities
     assert [x.pop("preference")["beta"] for x in identities] == [0.3, 0.4] and identities[0] == identities[1]
+
+
+def test_a_stage_of_an_older_checkpoint_has_a_frozen_reference(store, one_device, tmp_path):
+    c = of_store(store)
+    identities = loop.load_data(c).identities
+    older = identities[0] | {"preference": {k: x for k, x in identities[0]["preference"].items() if k != "reference"}}
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, 1, 1)) as checkpoints:
+        data = {"stage_steps": [2], "stage": older}
+        checkpoints.save(2, jax.jit(init_state, static_argnums=0)(c), data, config.to_dict(c), wait=True)
+        assert loop.first_state(c, identities, jax.sharding.get_mesh(), checkpoints)[1] == 2
+        other = [identities[0] | {"preference": identities[0]["preference"] | {"reference": "store"}}]
+        with pytest.raises(ValueError, match=r"(?s)in the middle of stages\[0\].*\n  preference\.reference: frozen -> store\n"):
+            loop.first_state(c, other, jax.sharding.get_mesh(), checkpoints)
 
 
 def test_documents_that_are_no_pairs_are_refused(corpus):

@@ -23,7 +23,7 @@ from hybrid_attn.train import console, curves, init_from, profile, references, r
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
-from hybrid_attn.train.objectives import check_pairs, objective
+from hybrid_attn.train.objectives import check_pairs
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
@@ -32,9 +32,6 @@ from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.trainable import is_trained
 from hybrid_attn.train.workdir import write_config
-
-# Of checkpoints that do not name these of their stage.
-OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None, "trainable": []} | objective.SETTINGS
 
 
 def train(
@@ -371,7 +368,7 @@ def first_state(
     if done != expected["stage_steps"]:
         raise ValueError(resume.other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
-        lines, stage = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  "), f"stages[{len(done) - 1}]"
+        stage, lines = f"stages[{len(done) - 1}]", trees.differences(resume.completed(saved["stage"]), expected["stage"], "  ")
         trees.check(
             not lines,
             f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "

@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from hybrid_attn import trees
 from hybrid_attn.config import Config, build_checkpoint_config, build_model, to_dict, with_override
 from hybrid_attn.model import init
+from hybrid_attn.train.objectives.objective import SETTINGS
 from hybrid_attn.train.optim import optimiser
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.trees import check
@@ -23,6 +24,9 @@ OPTIMISER = "optim.optimiser"
 # Of initial parameters and rates alone.
 INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth", "model.low_rank.init")
 LAYOUT = ("model.prefix", "model.pattern")
+# Of checkpoints that do not name these of their stage, or of its preference.
+OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None, "trainable": []} | SETTINGS
+OLDER_PREFERENCE = {"reference": "frozen"}
 Fields = dict[str, object]
 LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same step, is a jump
 Range = tuple[int, int]
@@ -212,6 +216,13 @@ def is_skipped(step: int, skipped: Iterable[Range]) -> bool:
 def text_of(skipped: Iterable[Range]) -> str:
     """The form that `parse_steps` reads."""
     return ",".join(f"{first}" if first == last else f"{first}:{last}" for first, last in skipped)
+
+
+def completed(stage: Mapping) -> dict:
+    """The identity of a stage in a checkpoint of any version, with what older versions do not name."""
+    stage = OLDER_STAGE | stage
+    preference = stage["preference"]
+    return stage | {"preference": None if preference is None else OLDER_PREFERENCE | preference}
 
 
 def other_steps(c: Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
