@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 from conftest import tiny
@@ -15,6 +17,8 @@ from hybrid_attn.train import loop, turn
 
 STAGE = {"seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
 DPO = STAGE | {"steps": 12, "objective": "dpo", "preference": base.preference(), "turn_patience": 2}
+SFT = STAGE | {"steps": 4, "objective": "sft"}
+ALONE = DPO | {"turn_patience": None, "turn_indicator": "mass"}
 RULE = {
     "model.pattern": "L",
     "model.num_layers": 1,
@@ -22,7 +26,7 @@ RULE = {
     "evals.every": 2,
     "evals.lengths": (1.0,),
     "train.checkpoint_every": 2,
-    "train.keep": 3,
+    "train.keep": 4,
     "train.log_every": 1,
 }
 
@@ -40,18 +44,27 @@ def write(folder, values, name="entropy_bits", eval="preferences"):
 
 def test_the_turn_is_the_highest_evaluation_once_enough_that_follow_are_below(tmp_path):
     c = config_of()
-    assert turn.newest(c, tmp_path, 6) is None and not turn.is_over(c, tmp_path, 6)
+    assert turn.newest(c, tmp_path, 6) is None and turn.ended(c, tmp_path, 6) is None
     write(tmp_path, [1.0, 3.0, 2.0, 2.9, 2.5])
     write(tmp_path, [9.0, 8.0, 7.0], name="mass")
-    over = [turn.is_over(c, tmp_path, step) for step in (2, 4, 6, 8, 10)]
+    over = [turn.ended(c, tmp_path, step) is not None for step in (2, 4, 6, 8, 10)]
     assert over == [False, False, False, True, True]
     assert turn.newest(c, tmp_path, 6) == turn.Turn("entropy_bits", 2.0, 3.0, 4, 1, True)
     assert turn.lines(c, tmp_path, 6) == ["turn         entropy_bits 2, highest 3, near it until step 4"]
     assert turn.lines(c, tmp_path, 8)[0].endswith("2.9, highest 3, near it until step 4: it turned 2 evaluations ago")
     assert turn.ending(c, tmp_path, 6) == []
-    assert turn.ending(c, tmp_path, 8)[0].endswith(f"use {tmp_path}/checkpoints/4, from before the turn of entropy_bits")
+    assert turn.ending(c, tmp_path, 8)[0].endswith(
+        "no checkpoint is left: that of step 4, from before the turn of entropy_bits, was deleted"
+    )
+    for step, of in (
+        (3, "the newest one left: that of step 4, from before the turn of entropy_bits, was deleted"),
+        (4, "from before the turn of entropy_bits"),
+    ):
+        (tmp_path / f"checkpoints/{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/{step + 5}").mkdir()
+        assert turn.ending(c, tmp_path, 8)[0].endswith(f"ended after step 8 of 12; use {tmp_path}/checkpoints/{step}, {of}")
     goes_on = dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], turn_patience=None),))
-    assert not turn.is_over(goes_on, tmp_path, 8) and turn.lines(goes_on, tmp_path, 8) == turn.lines(c, tmp_path, 8)
+    assert turn.ended(goes_on, tmp_path, 8) is None and turn.lines(goes_on, tmp_path, 8) == turn.lines(c, tmp_path, 8)
 
 
 def test_a_plateau_is_no_turn_and_an_entropy_must_have_risen():
@@ -74,31 +87,45 @@ def test_hinge_has_the_mass_and_a_stage_may_name_another_indicator(tmp_path):
 
 
 def test_evaluations_before_the_stage_and_of_other_objectives_do_not_count(tmp_path):
-    c = config_of([STAGE | {"steps": 4, "objective": "sft"}, DPO])
+    c = config_of([SFT, DPO])
     write(tmp_path, [9.0, 2.0, 3.0, 1.0, 1.0])
     write(tmp_path, [0.0] * 5, eval="position")
     assert turn.lines(c, tmp_path, 4) == []
     assert turn.newest(c, tmp_path, 6) == turn.Turn("entropy_bits", 3.0, 3.0, 6, 0, True)  # that of step 4 is where it begins
-    assert turn.is_over(c, tmp_path, 10)
+    assert turn.ended(c, tmp_path, 10) is not None
 
 
 @pytest.mark.parametrize(
     "stages, changes, message",
     [
-        ([DPO | {"objective": "sft", "preference": None}], {}, "is of the objectives dpo, ipo, hinge, trl_ipo, trl_hinge, and"),
-        ([DPO, STAGE | {"steps": 1}], {}, r"stages\[0\]\.turn_patience=2 ends the run, and stages follow; give them a run"),
-        ([DPO | {"turn_patience": None, "turn_indicator": "mass"}], {}, "and turn_indicator='mass' is not read; leave that at"),
-        ([DPO], {"evals.every": None}, r"needs evals\.every and 'preferences' in evals\.names, and they are None and"),
-        ([DPO], {"evals.names": ("position",)}, r"they are 2 and \('position',\)"),
+        ([SFT | {"turn_patience": 2}], {}, "is of the objectives dpo, ipo, hinge, trl_ipo, trl_hinge, and"),
+        ([DPO, SFT], {}, r"stages\[0\]\.turn_patience=2 ends the run, and stages follow; give them a run"),
+        ([SFT | {"turn_indicator": "mass"}], {}, r"stages\[0\]\.turn_indicator='mass' is of the objectives dpo, ipo, hinge"),
+        (
+            [DPO],
+            {"evals.every": None},
+            "turn_patience=2 counts evaluations, and evals.every is None; give it a number of steps",
+        ),
+        ([DPO], {"evals.names": ("position",)}, r"needs 'preferences' in evals\.names, and they are \('position',\)"),
+        ([ALONE], {"evals.names": ()}, r"turn_indicator='mass' needs 'preferences' in evals\.names, and they are \(\)"),
         ([DPO], {"train.checkpoint_every": 3}, r"train\.checkpoint_every=3 does not divide evals\.every=2; use 2"),
-        ([DPO], {"train.keep": 2}, r"train\.keep=2 deletes the checkpoint before the turn; use 3 or more"),
-        ([DPO], {"train.checkpoint_every": 1}, r"train\.keep=3 deletes the checkpoint before the turn; use 5 or more"),
+        ([DPO], {"train.keep": 3}, r"train\.keep=3 deletes the checkpoint before the turn; use 4 or more"),
+        ([DPO], {"train.checkpoint_every": 1}, r"train\.keep=4 deletes the checkpoint before the turn; use 6 or more"),
     ],
 )
 def test_a_rule_that_would_not_see_the_turn_or_keep_its_checkpoint_is_refused(stages, changes, message):
     turn.check_rule(config_of())
+    turn.check_rule(config_of([ALONE, SFT], **{"evals.every": None}))
     with pytest.raises(ValueError, match=message):
         turn.check_rule(config_of(stages, **changes))
+
+
+def of_run(folder, monkeypatch, entropies, **changes):
+    """A config whose evaluations find these entropies, one by one; and an iterator over those that are left."""
+    left, record_of = iter(entropies), preferences.record_of
+    monkeypatch.setattr(preferences, "record_of", lambda *args: record_of(*args) | {"entropy_bits": next(left)})
+    sources = {"pairs": base.source(store=pairs_store(folder))}
+    return config_of(**{"data.sources": sources, "data.holdout": 0.2} | changes), left
 
 
 @pytest.mark.slow
@@ -106,9 +133,7 @@ def test_a_rule_that_would_not_see_the_turn_or_keep_its_checkpoint_is_refused(st
 def test_a_run_ends_after_the_turn_keeps_the_checkpoint_before_it_and_decides_the_same_when_resumed(
     tmp_path, capsys, monkeypatch
 ):
-    c = config_of(**{"data.sources": {"pairs": base.source(store=pairs_store(tmp_path))}, "data.holdout": 0.2})
-    entropies, record_of = iter([1.0, 2.0, 1.9, 1.8]), preferences.record_of
-    monkeypatch.setattr(preferences, "record_of", lambda *args: record_of(*args) | {"entropy_bits": next(entropies)})
+    c, left = of_run(tmp_path, monkeypatch, [1.0, 2.0, 1.9, 1.8])
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
         assert not loop.train(c, tmp_path / "run")
@@ -118,5 +143,21 @@ def test_a_run_ends_after_the_turn_keeps_the_checkpoint_before_it_and_decides_th
         assert last.endswith(
             f"ended after step 8 of 12; use {tmp_path}/run/checkpoints/4, from before the turn of entropy_bits"
         )
-    assert checkpoint.steps(tmp_path / "run/checkpoints") == [4, 6, 8]
-    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7, 8] and next(entropies, None) is None
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 4, 6, 8]
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7, 8] and next(left, None) is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("known_peak_and_no_pictures")
+def test_a_stop_between_two_units_of_an_evaluation_is_no_turn(tmp_path, capsys, monkeypatch):
+    def entropies():
+        yield from (1.0, 1.0, 2.0, 2.0, 1.9, 1.9)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from (1.8, 2.4, 1.5, 1.5)
+
+    c, left = of_run(tmp_path, monkeypatch, entropies(), **{"evals.lengths": (1.0, 2.0), "stages": [DPO | {"steps": 9}]})
+    assert not loop.train(c, tmp_path / "run")
+    assert "stopped after step 8, which is saved" in capsys.readouterr().out
+    assert turn.ended(c, tmp_path / "run", 8).newer == 2  # by the one unit
+    assert loop.train(c, tmp_path / "run")
+    assert list(losses(tmp_path / "run")) == [*range(1, 10)] and next(left, None) is None

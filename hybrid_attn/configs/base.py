@@ -166,7 +166,8 @@ def stage(**changes) -> ConfigDict:
     # Of dpo and the like, in the last stage: the run ends once so many evaluations of preferences, one every evals.every steps,
     # follow the turn of an indicator of over-optimisation (docs/preferences.md). None = it goes on to its last step.
     s.turn_patience = None
-    s.turn_indicator = None  # entropy_bits | renormalised_entropy_bits | mass; None = that of the objective
+    # The indicator that the run shows: entropy_bits | renormalised_entropy_bits | mass; None = that of the objective
+    s.turn_indicator = None
     s.update(changes)
     return s
 

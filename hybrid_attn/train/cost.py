@@ -9,7 +9,7 @@ from hybrid_attn.train.trainable import is_trained
 
 
 def flops_per_token(stage: StageConfig) -> float:
-    """A step of all parameters, without the gradients of matrices that do not train, and the objective's other forward passes.
+    """Three forward passes, less the gradients of matrices that do not train, plus the objective's other forward passes.
 
     Gradients of activations are counted in all layers, also below the first that trains.
     """

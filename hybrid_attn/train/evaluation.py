@@ -128,7 +128,8 @@ class Evaluations:
 
     def is_over(self, step: int) -> bool:
         """Whether the run ends after the evaluation of `step`, as `turn` says; process 0 decides for all."""
-        return broadcast_from_first(jax.process_index() == 0 and turn.is_over(self.config, Path(self.workdir), step))
+        is_first = jax.process_index() == 0
+        return broadcast_from_first(is_first and turn.ended(self.config, Path(self.workdir), step) is not None)
 
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures the units that this step has no files of, and logs all units; False if it was stopped before the end."""
@@ -159,9 +160,9 @@ class Evaluations:
         if complete and jax.process_index() == 0:
             try:
                 self._compare(metrics, folder)
+                metrics.say(*turn.lines(self.config, Path(self.workdir), metrics.step))
             except Exception as error:  # what was measured is written, and no picture is worth the steps to come
                 metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
-            metrics.say(*turn.lines(self.config, Path(self.workdir), metrics.step))
         return complete
 
     def _described(self, folder: Path, about: dict, passing: Sequence[str] = PASSING) -> dict | None:

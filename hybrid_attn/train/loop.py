@@ -263,7 +263,7 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
         metrics.write_again()
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         raise OSError(f"{what}; step {loop.step} is saved; mend that and run the same command again")
-    if loop.step < total and evaluations.is_over(loop.step):
+    if loop.has_turned:
         tell_goodput(loop)
         close(loop.config, workdir, metrics, evaluations)
         return True

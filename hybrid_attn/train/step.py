@@ -35,7 +35,7 @@ Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 def init_state(config: Config, params: dict | None = None, stage: int = 0) -> TrainState:
     """The state before the first step, of new parameters or `params`, on the mesh in force; every mesh has the same values.
 
-    With `stage` it has the extras of that stage, and is a state of its steps for a program that runs no others.
+    With `stage` it has the extras of that stage, for programs that only run steps of that stage.
     """
     params = init(config.model, jax.random.key(config.seed)) if params is None else params
     state = TrainState(jnp.int32(0), params, optimiser(config).init(params))

@@ -41,7 +41,7 @@ class Loop:
     the stages run on. `batches` yields (step, batch), `data_state` gives the data state after a step, and `measure` evaluates
     parameters and returns whether that came to its end. `peaks` are the FLOP/s of all devices together, by stage, of which MFU
     is the share. The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
-    `is_over` says whether the run ends after the evaluation of a step.
+    `is_over` says whether the run ends after the evaluation of a step, once that came to its end.
     """
 
     config: Config
@@ -71,6 +71,7 @@ class Loop:
         self.dispatched: tuple[int, Mapping, float | None] | None = None
         self.compiled = set()  # the step functions that have been called, with the size of the batch
         self.stage: int | None = None  # of the last step that was reported
+        self.has_turned = False  # whether `is_over` ended the steps
         self.next_step = NextStep(self.config, self.step_fns, self.meshes)
         self.goodput.rest("start")
         self.restart_clock()
@@ -100,7 +101,10 @@ class Loop:
             if self.stop.reached(self.step):
                 return False
             is_due = every is not None and self.step > 0 and self.step % every == 0
-            if is_due and not (self.evaluate() and not self.is_over(self.step)):
+            if is_due and not self.evaluate():
+                return False
+            if is_due and self.is_over(self.step):
+                self.has_turned = True
                 return False
             batch = self.next_batch()
             if batch is None:

@@ -1,9 +1,9 @@
 """Over-optimisation of preferences: when an indicator of held-out pairs turned, and runs that end after that.
 
-The warnings are those of arXiv 2410.11677, section 5: an entropy that turns from rising to falling, or a mass that falls. An
-indicator turned after the last evaluation within `TOLERANCE` of its highest one in the stage, once as many evaluations as the
-patience follow. An entropy must have risen before by more than that. All of this is read from the records of the run, so a run
-that is resumed decides as one that went on.
+The warnings are those of arXiv 2410.11677, section 5: an entropy that turns from rising to falling, or a mass that falls. Take
+the last evaluation within `TOLERANCE` of the highest one of the stage. Once as many evaluations as the patience follow it, the
+indicator has turned there. An entropy must have risen before by more than that. All of this is read from the records of the
+run, so a run that is resumed decides as one that went on.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hybrid_attn import checkpoint
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.evals import preferences
 from hybrid_attn.train.metrics import EVALS
@@ -41,26 +42,29 @@ class Turn(NamedTuple):
 
 
 def check_rule(c: Config) -> None:
-    """ValueError where a stage ends after a turn that would not be seen, or whose checkpoint would be gone."""
+    """ValueError where a stage names an indicator or ends after a turn that would not be seen, or whose checkpoint is gone."""
     for stage in c.each_stage:
-        field, indicator = f"stages[{stage.index}].turn_patience={stage.turn_patience}", stage.turn_indicator
-        unread = f"{field}, and turn_indicator={indicator!r} is not read; leave that at None"
-        check(stage.turn_patience is not None or indicator is None, unread)
+        for name in ("turn_indicator", "turn_patience"):
+            if (value := getattr(stage, name)) is not None:
+                _check_seen(c, stage, f"stages[{stage.index}].{name}={value!r}")
         if stage.turn_patience is not None:
-            _check_stage(c, stage, field)
+            _check_end(c, stage, f"stages[{stage.index}].turn_patience={stage.turn_patience}")
 
 
-def _check_stage(c: Config, stage: StageConfig, field: str) -> None:
+def _check_seen(c: Config, stage: StageConfig, field: str) -> None:
     with_indicator = ", ".join(name for name, objective in OBJECTIVES.items() if objective.indicator)
     of_pairs = f"{field} is of the objectives {with_indicator}, and this one is {stage.objective!r}; leave it at None"
     check(objective_of(stage).indicator is not None, of_pairs)
+    check(EVAL in c.evals.names, f"{field} needs {EVAL!r} in evals.names, and they are {c.evals.names}")
+
+
+def _check_end(c: Config, stage: StageConfig, field: str) -> None:
     check(stage.index == len(c.stages) - 1, f"{field} ends the run, and stages follow; give them a run of their own, or None")
-    seen = EVAL in c.evals.names and c.evals.every is not None
-    check(seen, f"{field} needs evals.every and {EVAL!r} in evals.names, and they are {c.evals.every} and {c.evals.names}")
+    check(c.evals.every is not None, f"{field} counts evaluations, and evals.every is None; give it a number of steps")
     every, train = c.evals.every, c.train
     divides = f"train.checkpoint_every={train.checkpoint_every} does not divide evals.every={every}"
     check(every % train.checkpoint_every == 0, f"{field} returns to a step that was evaluated, and {divides}; use {every}")
-    needed = stage.turn_patience * every // train.checkpoint_every + 1
+    needed = stage.turn_patience * every // train.checkpoint_every + 2  # one is of a run that was stopped between these steps
     gone = f"train.keep={train.keep} deletes the checkpoint before the turn; use {needed} or more"
     check(train.keep >= needed, f"{field}: {gone}")
 
@@ -92,10 +96,11 @@ def _records(path: Path) -> list[Mapping]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def is_over(c: Config, workdir: Path, step: int) -> bool:
-    """Whether a run ends after the evaluation of `step`, because the indicator turned."""
-    patience, turn = c.at(c.last_stage(step)).turn_patience, newest(c, workdir, step)
-    return patience is not None and turn is not None and turn.has_come(patience)
+def ended(c: Config, workdir: Path, step: int) -> Turn | None:
+    """The turn after which a run ends at the evaluation of `step`; None if it goes on."""
+    patience = c.at(c.last_stage(step)).turn_patience
+    turn = None if patience is None else newest(c, workdir, step)
+    return turn if turn is not None and turn.has_come(patience) else None
 
 
 def lines(c: Config, workdir: Path, step: int) -> list[str]:
@@ -110,8 +115,15 @@ def lines(c: Config, workdir: Path, step: int) -> list[str]:
 
 def ending(c: Config, workdir: Path, step: int) -> list[str]:
     """The last line of a run that ends because the indicator turned."""
-    if not is_over(c, workdir, step):
-        return []
-    turn = newest(c, workdir, step)
-    checkpoint = f"use {workdir}/checkpoints/{turn.step}, from before the turn of {turn.indicator}"
-    return [f"turn         ended after step {step} of {c.total_steps}; {checkpoint}"]
+    turn = ended(c, workdir, step)
+    return [] if turn is None else [f"turn         ended after step {step} of {c.total_steps}; {_advice(turn, workdir)}"]
+
+
+def _advice(turn: Turn, workdir: Path) -> str:
+    """Which checkpoint to use: that of the turn, or the newest one before it where that is gone."""
+    folder, before = workdir / "checkpoints", f"from before the turn of {turn.indicator}"
+    steps = [step for step in checkpoint.steps(folder) if step <= turn.step]
+    gone = f"that of step {turn.step}, {before}, was deleted"
+    if not steps:
+        return f"no checkpoint is left: {gone}"
+    return f"use {folder}/{steps[-1]}, " + (before if steps[-1] == turn.step else f"the newest one left: {gone}")

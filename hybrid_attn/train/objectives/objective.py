@@ -54,9 +54,9 @@ class Objective(NamedTuple):
     divided by the weight: its mean over the microbatches is added to the loss. `fields` are the batch fields that these
     functions read; a batch without weight has the loss 0. `extras` are arrays that the state has for the objective, by name;
     the loss gets their values before the step. Stages with an extra of the same name share it. `check` refuses settings of a
-    stage by a ValueError. A `paired` objective needs sources of pairs. Beside the forward pass of the gradient its loss has so
-    many `forward_passes`, which are of other parameters. A fall of its `indicator`, a field of the evaluation `preferences`, is
-    a warning of over-optimisation.
+    stage by a ValueError. A `paired` objective needs sources of pairs. `forward_passes`: further forward passes of the loss,
+    with other parameters. A fall of its `indicator`, a field of the evaluation `preferences`, is a warning of
+    over-optimisation.
     """
 
     weight: Callable[[StageConfig, Batch], jax.Array]
