@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from hybrid_attn.config import Config
+from hybrid_attn.data.packed import fields_of
+from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train.step import abstract_on, begin_stage
 
 LEAD = 32  # steps before the edge, or a tenth of the stage if that is more
@@ -24,8 +26,8 @@ class NextStep:
         self.config, self.step_fns, self.meshes = config, step_fns, meshes
         self.begun: dict[Callable, Future] = {}
 
-    def begin(self, step: int, state, batch: dict) -> None:
-        """Begins to compile the next stage's step if `step` is one of the last of its stage; both are those of this stage."""
+    def begin(self, step: int, state) -> None:
+        """Begins to compile the next stage's step if `step`, with its new `state`, is one of the last of its stage."""
         index, done = self.config.stage_at(step - 1)
         steps = self.config.stages[index].steps
         is_last, near = index + 1 == len(self.step_fns), steps - done - 1 <= max(LEAD, steps // 10)
@@ -33,7 +35,8 @@ class NextStep:
             return
         after, step_fn, mesh = self.config.at(index + 1), self.step_fns[index + 1], self.meshes[index + 1]
         shape = self.config.stages[index + 1].batch_at(0), after.seq_len
-        batch = {name: x.update(shape=shape) for name, x in abstract_on(mesh, batch).items()}
+        sharding = NamedSharding(mesh, TOKENS_BT)
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in fields_of(after).items()}
         with jax.set_mesh(mesh):
             begun = jax.eval_shape(functools.partial(begin_stage, self.config, index + 1), abstract_on(mesh, state))
         state = abstract_on(mesh, begun)

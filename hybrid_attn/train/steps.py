@@ -116,7 +116,7 @@ class Loop:
             else:
                 measured = measured_every is not None and self.step % measured_every == 0
                 self.dispatch(batch, (self.statistics_fns if measured else self.step_fns)[stage])
-                self.next_step.begin(self.step, self.state, batch)
+                self.next_step.begin(self.step, self.state)
             if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
                 self.save()
