@@ -12,9 +12,10 @@ from configs import base
 from hybrid_attn.data import corpora, references, store
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import load_tokenizer
+from hybrid_attn.parallel.identity import references_identity
 from hybrid_attn.programs import parse
-from hybrid_attn.train import cost, loop
-from hybrid_attn.train.references import check_fingerprints, check_stages
+from hybrid_attn.train import cost, loop, resume
+from hybrid_attn.train.references import check_model, check_stages, read
 from hybrid_attn.train.step import extras_at
 
 SFT = {"steps": 2, "seq_len": 64, "batch": 8, "microbatches": 1, "mixture": {}, "objective": "sft"}
@@ -26,9 +27,9 @@ def config_of(path, stages=(SFT,), **changes):
     return tiny(RUN | sources | {"stages": list(stages)} | changes)
 
 
-def of_pairs(path, begin, reference, **stage):
-    dpo = SFT | {"steps": 3, "objective": "dpo", "preference": base.preference(beta=0.3, reference=reference)} | stage
-    return config_of(path, [dpo], **{"init_from.path": str(begin)})
+def of_pairs(path, begin, reference, **changes):
+    dpo = SFT | {"steps": 3, "objective": "dpo", "preference": base.preference(beta=0.3, reference=reference)}
+    return config_of(path, [dpo], **{"init_from.path": str(begin)} | changes)
 
 
 def prepared(path, checkpoint):
@@ -67,7 +68,8 @@ def written(folder):
     """A store with made-up references, and these."""
     path = pairs_store(folder)
     values = np.random.default_rng(0).normal(size=len(store.load(path))).astype(np.float32)
-    made = references.References(values, "f" * 64, "runs/sft/checkpoints step 2")
+    function = resume.function_of(config_of(path).model)
+    made = references.References(values, "f" * 64, "runs/sft/checkpoints step 2", function)
     references.write(folder / "store", made, store.read_manifest(path).identity)
     return path, values
 
@@ -91,25 +93,75 @@ def test_a_stage_with_stored_references_has_no_reference_in_the_state_and_no_for
     assert cost.flops_per_token(frozen.at(0)) == pytest.approx(4 / 3 * cost.flops_per_token(stored.at(0)))
 
 
-def test_references_that_are_missing_changed_or_of_another_store_or_model_are_refused(tmp_path):
+BEGAN = {"path": "runs/sft", "step": 2, "fingerprint": "f" * 64, "new": []}
+
+
+def loaded_of(c):
+    return corpora.load(c.data, ["pairs"], load_tokenizer("bytes"))
+
+
+def test_references_that_are_missing_damaged_or_of_another_store_are_refused_until_their_stage_is_over(tmp_path):
     path, values = written(tmp_path)
     c = of_pairs(path, "runs/sft", "store")
-    loaded = corpora.load(c.data, ["pairs"], load_tokenizer("bytes"))
-    began = {"init_from": {"path": "runs/sft", "step": 2, "fingerprint": "f" * 64}}
-    check_fingerprints(c, loaded, began)
-    began["init_from"]["fingerprint"] = "e" * 64
-    with pytest.raises(ValueError, match=r"fingerprint ffffffffffff, and the run began with runs/sft step 2, fingerprint eeee"):
-        check_fingerprints(c, loaded, began)
+    assert read(c, loaded_of(c), 2)["pairs"].fingerprint == "f" * 64
     about, file = tmp_path / "store" / references.ABOUT, tmp_path / "store" / references.VALUES
     text = about.read_text()
     for change, message in (
         (lambda: file.write_bytes(bytes(values.nbytes)), r"references\.f32 was changed; make them with"),
+        (
+            lambda: about.write_text(text.replace('"fingerprint"', '"x"')),
+            r"references\.json does not say its fingerprint; make",
+        ),
         (lambda: about.write_text(text.replace('"store": "', '"store": "x')), "is of another store than the one beside it"),
         (about.unlink, r"has no log-probabilities of a reference; make them with tools/prepare_references\.py --store="),
     ):
         change()
         with pytest.raises(ValueError, match=message):
-            loop.load_data(c)
+            read(c, loaded_of(c), 2)
+    assert read(c, loaded_of(c), 3) == {} == read(of_pairs(path, "runs/sft", "frozen"), loaded_of(c), 0)
+
+
+LORA = {"model.adapter.type": "lora", "model.adapter.targets": ("*/q",)}
+ADDED = [f"periods/L0/attention/q_adapter/{name}" for name in "ab"]
+
+
+@pytest.mark.parametrize("changes, began", [({}, {}), ({"model.init_std": 0.1}, {}), (LORA, {"new": ADDED})])
+def test_references_of_the_model_that_the_stage_begins_with_are_read(changes, began, tmp_path):
+    c = of_pairs(written(tmp_path)[0], "runs/sft", "store", **changes)
+    check_model(c, read(c, loaded_of(c), 0), {"init_from": BEGAN | began})
+
+
+@pytest.mark.parametrize(
+    "changes, began, message",
+    [
+        ({}, {"fingerprint": "e" * 64}, "fingerprint ffffffffffff, and the run began with runs/sft step 2, fingerprint eeee"),
+        ({}, {"new": ["final_norm/weight"]}, r"and final_norm/weight are new here; use reference='frozen'"),
+        ({"model.low_rank.rank_fraction": 0.5}, {}, "the first stage has another config of the model than that checkpoint"),
+        ({"model.kinds.L.window": 9}, {}, "the first stage has another config of the model than that checkpoint"),
+        (LORA, {}, "the first stage has another config of the model than that checkpoint"),
+        ({}, None, r"this workdir began with no init_from\.path; start the run in another --workdir"),
+    ],
+)
+def test_references_of_another_model_than_the_stage_begins_with_are_refused(changes, began, message, tmp_path):
+    c = of_pairs(written(tmp_path)[0], "runs/sft", "store", **changes)
+    with pytest.raises(ValueError, match=message):
+        check_model(c, read(c, loaded_of(c), 0), {} if began is None else {"init_from": BEGAN | began})
+
+
+def test_sources_without_pairs_and_stores_on_another_machine_are_refused(corpus):
+    c = of_pairs("a", "b", "store", **{"data.sources": {"text": base.source(paths=(corpus,))}})
+    with pytest.raises(ValueError, match="needs pairs, and these data.sources hold none: text; make stores of pairs"):
+        loop.load_data(c)
+    with pytest.raises(ValueError, match="--store=gs://a/b is no directory; mount the bucket, and name the directory there"):
+        prepared("gs://a/b", "runs/sft")
+
+
+def test_processes_compare_the_references_that_they_read(tmp_path):
+    c = of_pairs(written(tmp_path)[0], "runs/sft", "store")
+    made = read(c, loaded_of(c), 0)
+    other = {"pairs": made["pairs"]._replace(log_probs=made["pairs"].log_probs + 1)}
+    different = dict(references_identity(made).items() - references_identity(other).items())
+    assert [*different] == ["log-probabilities of the references of pairs"] and references_identity({}) == {}
 
 
 def test_a_stage_that_does_not_begin_with_a_checkpoint_is_refused():
@@ -119,3 +171,5 @@ def test_a_stage_that_does_not_begin_with_a_checkpoint_is_refused():
         begins = r"reference='store' is the model of a checkpoint, and the stage does not begin with one; give the stage"
         with pytest.raises(ValueError, match=rf"stages\[{index}\]\.preference\.{begins}"):
             check_stages(config_of("a", stages))
+    with pytest.raises(ValueError, match="the stage begins with another model; use reference='frozen'"):
+        check_stages(of_pairs("a", "b", "store", **{"init_from.rename": ("a -> b",)}))

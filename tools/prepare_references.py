@@ -21,6 +21,7 @@ from hybrid_attn.infer import loading
 from hybrid_attn.model import execution_on, losses
 from hybrid_attn.model.documents import halves_of_pairs
 from hybrid_attn.parallel.mesh import batch_shards, make_mesh
+from hybrid_attn.train import resume
 from hybrid_attn.trees import check
 
 STORE = flags.DEFINE_string("store", None, "Directory of a token store of pairs.", required=True)
@@ -43,15 +44,17 @@ def log_probs_of(documents: Documents, loaded: loading.Loaded) -> np.ndarray:
         return halves_of_pairs(-nll_BT * batch["weights"], batch["segments"])
 
     batch_size, values = BATCH_SIZE.value * batch_shards(mesh), np.zeros(len(documents), np.float32)
-    for i, batch in enumerate(heldout_batches(sequences, len(sequences), batch_size, mesh)):
+    indices = iter(sequences.spread(len(sequences)))
+    for batch in heldout_batches(sequences, len(sequences), batch_size, mesh):
         halves_BP2 = np.stack(jax.device_get(score(loaded.params, batch)), axis=-1)
-        for index, of_pairs_P2 in zip(range(i * batch_size, len(sequences)), halves_BP2, strict=False):
+        for of_pairs_P2, index in zip(halves_BP2, indices, strict=False):  # the last rows may be padding
             numbers = sequences.documents_of(index)
             values[numbers] = of_pairs_P2.reshape(-1)[: len(numbers)]
     return values
 
 
 def prepare() -> None:
+    check("://" not in STORE.value, f"--store={STORE.value} is no directory; mount the bucket, and name the directory there")
     folder, directory = Path(STORE.value), loading.find(CHECKPOINT.value)
     step, manifest = loading.step_of(directory, STEP.value), store.read_manifest(STORE.value)
     check(manifest.pairs, f"{folder} holds no pairs; make it with tools/prepare_data.py --format=preference")
@@ -62,7 +65,8 @@ def prepare() -> None:
         values = log_probs_of(documents, loaded)
     name = loading.name_of(directory, step)
     check(np.isfinite(values).all(), f"{name} gives log-probabilities that are not finite; use another checkpoint")
-    made = references.References(values, checkpoint.fingerprint(directory, step), name)
+    function = resume.function_of(loaded.config.model)
+    made = references.References(values, checkpoint.fingerprint(directory, step), name, function)
     references.write(folder, made, manifest.identity)
     print(f"references   {folder}: {len(values) // 2:,} pairs under {name}, fingerprint {made.fingerprint[:12]}")
 

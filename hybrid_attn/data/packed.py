@@ -30,7 +30,7 @@ class PackedSequences:
     """The sequences of `documents`, packed by "concat" or "best_fit", or by pairs if the documents are pairs.
 
     `seed` gives each epoch its own order; None keeps that of the documents. `byte_lengths` [vocab_size] has the UTF-8 bytes of
-    each id. With `references` they have the log-probabilities of the documents.
+    each id. With `references` they have the log-probabilities of the documents, which the first `read` reads.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PackedSequences:
         references: bool = False,
     ):  # fmt: skip
         check_len(seq_len)
-        self._references = documents.reference_log_probs() if references else None
+        self._references = functools.cache(documents.reference_log_probs) if references else None
         self.seq_len = seq_len
         self._documents, self._byte_lengths = documents, byte_lengths
         plan = Pairs if documents.paired else PLANS[packing]
@@ -101,7 +101,7 @@ class PackedSequences:
         begins_K = np.cumsum(rights_K - lefts_K) - (rights_K - lefts_K)
         here_K = (lefts_K == 0) & (begins_K < size)  # the last position is of the next token
         references_T = np.zeros(size, np.float32)
-        references_T[begins_K[here_K]] = self._references[documents_K[here_K]]
+        references_T[begins_K[here_K]] = self._references()[documents_K[here_K]]
         return {"references": references_T}
 
     def documents_of(self, index: int) -> np.ndarray:

@@ -31,6 +31,14 @@ def data_identity(corpora: Mapping, tokenizer) -> dict[str, str]:
     return fields | {"tokenizer": tokenizer.hash}
 
 
+def references_identity(references: Mapping) -> dict[str, str]:
+    """Fields and their values: the stored references of each source, their log-probabilities and what these are of."""
+    parts = {"log-probabilities": "sha256", "checkpoint": "fingerprint", "model": "function"}
+    return {
+        f"{part} of the references of {name}": getattr(x, key) for name, x in references.items() for part, key in parts.items()
+    }
+
+
 def _fields(values, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(values, Mapping):
         for key, value in values.items():

@@ -16,7 +16,7 @@ from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
 from hybrid_attn.model import Execution, specs
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.identity import data_identity
+from hybrid_attn.parallel.identity import data_identity, references_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train import console, curves, init_from, profile, references, resume, sinks, turn
@@ -118,7 +118,10 @@ def train_from_newest(
     newest_mesh = run.meshes[c.next_stage(checkpoints.latest() or 0)]
     with jax.set_mesh(newest_mesh):
         state, start, recorded = first_state(c, run.data.identities, newest_mesh, checkpoints)
-    references.check_fingerprints(c, run.data.corpora, recorded)
+    stored_references = references.read(c, run.data.corpora, start)
+    if run.stop.peers and stored_references:
+        run.stop.peers.agree(references_identity(stored_references))
+    references.check_model(c, stored_references, recorded)
     recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
     if rollback is not None:
         recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]
@@ -191,10 +194,10 @@ def load_data(c: config.Config) -> TrainingData:
     tokenizer = load_tokenizer(c.data.tokenizer)
     check_vocab(tokenizer, c.model.vocab_size, c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, tokenizer)
+    for stage in c.each_stage:
+        check_pairs(stage, [name for name in stage.mixture if loaded[name].heldout_pairs is None])
     training = {name: corpus.training for name, corpus in loaded.items()}
     stages = pipeline.stage_sequences(c, training, tokenizer)
-    for stage, mixed in zip(c.each_stage, stages, strict=True):
-        check_pairs(stage, [name for name, sequences in mixed.sources.items() if not sequences.paired])
     return TrainingData(tokenizer, loaded, stages, pipeline.identities(c, training, tokenizer))
 
 

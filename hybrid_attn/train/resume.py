@@ -13,8 +13,9 @@ import jax
 from flax.traverse_util import unflatten_dict
 
 from hybrid_attn import trees
-from hybrid_attn.config import Config, build_checkpoint_config, build_model, to_dict, with_override
+from hybrid_attn.config import Config, Model, build_checkpoint_config, build_model, to_dict, with_override
 from hybrid_attn.model import init
+from hybrid_attn.stored import digest
 from hybrid_attn.train.objectives.objective import SETTINGS
 from hybrid_attn.train.optim import optimiser
 from hybrid_attn.train.schedule import schedule
@@ -86,9 +87,19 @@ def stage_before(saved: Mapping, step: int) -> int:
 
 def fields_of(values: Mapping) -> Fields:
     """The fields of a config's model, without layer types outside prefix and pattern, and the name of its optimiser, by key."""
-    built, model = build_model(values["model"]), values["model"]
-    kinds = {letter: model["kinds"][letter] for letter in sorted({*built.layers, *built.pattern})}
-    return trees.flat({"model": {**model, "kinds": kinds}, "optim": {"optimiser": values["optim"]["optimiser"]}})
+    return trees.flat({"model": _of_layers(values["model"]), "optim": {"optimiser": values["optim"]["optimiser"]}})
+
+
+def _of_layers(model: Mapping) -> dict:
+    """The fields of a model without layer types outside prefix and pattern."""
+    built = build_model(model)
+    return {**model, "kinds": {letter: model["kinds"][letter] for letter in sorted({*built.layers, *built.pattern})}}
+
+
+def function_of(model: Model) -> str:
+    """A digest of the fields that say what the parameters of a model compute."""
+    fields = trees.flat({"model": _of_layers(to_dict(model))})
+    return digest({key: x for key, x in fields.items() if key not in INITIAL})
 
 
 def changes(old: Fields, new: Fields) -> dict[str, str]:
