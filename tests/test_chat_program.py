@@ -209,4 +209,4 @@ def test_flags_are_checked_before_the_parameters_are_read(run, tool, arguments, 
 def test_a_checkpoint_without_a_template_names_the_flag_for_one(run, tool, monkeypatch):
     monkeypatch.setattr(tool.loading, "chat_template", lambda *_: None)
     status, _, told = run(b"")
-    assert status == 2 and told[0].endswith("beside the tokenizer.json, or name one with --chat_template")
+    assert status == 2 and told[0].endswith("(or, to chat and generate, name one with --chat_template)")

@@ -128,7 +128,9 @@ def test_a_judge_with_another_template_is_another_one(models, one_device, monkey
 
 def test_an_error_about_prompts_names_the_checkpoint_that_cannot_read_them(models, one_device, monkeypatch):
     monkeypatch.setattr(loading, "chat_template", lambda *_: None)
-    with pytest.raises(ValueError, match=r"the checkpoint of step 7 in .*/one/checkpoints does not read .*: p.jsonl:2: it has"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of step 7 in .*/one/checkpoints does not read .*: p.jsonl:2: there is no"
+    ):
         Judge(f"{models}/one", RECORDS, OPTIONS)
 
 

@@ -19,7 +19,10 @@ from hybrid_attn.trees import check
 
 QUESTION = "question"
 MARK = "¿mark?"  # a text that no template has of its own
-NO_TEMPLATE = "there is no chat template; put a chat_template.jinja beside the tokenizer.json, or name one with --chat_template"
+NO_TEMPLATE = (
+    "there is no chat template; put a chat_template.jinja beside the tokenizer.json (or, to chat and generate, name one with "
+    "--chat_template)"
+)
 
 
 def read(path: str) -> dict[str, dict]:
