@@ -70,7 +70,7 @@ def test_tools_reach_the_template_of_a_request():
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (None, [says("user", "hi")], "there is no chat template; put a chat_template.jinja beside the tokenizer.json, or name"),
+        (None, [says("user", "hi")], "there is no chat template; put a chat_template.jinja beside the tokenizer.json (or"),
         (PLAIN, [says("robot", "hi")], "the chat template fails: the role robot is none of system, user, assistant and tool"),
         (PLAIN, [says("user", "a<|eos|>b")], "a message spells '<|eos|>', which is a special token; only the template may"),
         (
