@@ -27,7 +27,7 @@ def test_the_quality_is_the_share_of_transitions_of_the_chain(study):
     assert study.quality(chain[0], [ord("?")] * study.LENGTH) == 0
     assert [study.first_letters(x) for x in ([], [1, 2, 160, 1], [-1], [7, 24])] == [0, 2, 0, 1]
     rng = np.random.default_rng(1)
-    shares = [study.quality(0, study.drawn(rng, 0, study.LENGTH)) for _ in range(1000)]
+    shares = [study.quality(0, study.sampled_letters(rng, 0, study.LENGTH)) for _ in range(1000)]
     assert np.mean(shares) == pytest.approx(1 / 2 + 1 / 2 * 2 / 24, abs=0.02)
 
 

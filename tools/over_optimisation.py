@@ -67,7 +67,7 @@ def followers(letter: int) -> np.ndarray:
     return np.random.default_rng(letter).permutation(LETTERS.value)[:2]
 
 
-def drawn(rng: np.random.Generator, before: int, number: int) -> list[int]:
+def sampled_letters(rng: np.random.Generator, before: int, number: int) -> list[int]:
     """So many letters after the letter `before`: half of them from the chain, half of them noise."""
     letters = [before]
     for _ in range(number):
@@ -79,7 +79,7 @@ def drawn(rng: np.random.Generator, before: int, number: int) -> list[int]:
 
 def prompt_of(rng: np.random.Generator) -> list[int]:
     first = int(rng.integers(LETTERS.value))
-    return [first, *drawn(rng, first, PROMPT - 1)]
+    return [first, *sampled_letters(rng, first, PROMPT - 1)]
 
 
 def quality(before: int, completion: list[int]) -> float:
@@ -106,19 +106,19 @@ def write_pairs(folder: Path, name: str, seed: int) -> None:
     path = folder / f"{name}.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(record) + "\n" for record in drawn_pairs(NUMBERS[name], seed)]
+        lines = [json.dumps(record) + "\n" for record in sampled_pairs(NUMBERS[name], seed)]
         write_atomically(path, "".join(lines).encode())
     form = Chat("preference", chat.load_template(None, "bytes"), ("assistant",))
     options = prepare.Options("bytes", Fields("text", None), "jsonl", "none", False, "stop", shard_bytes=None)
     prepare.prepare([str(path)], str(folder / name), dataclasses.replace(options, chat=form), 1, print)
 
 
-def drawn_pairs(number: int, seed: int) -> list[dict[str, str]]:
+def sampled_pairs(number: int, seed: int) -> list[dict[str, str]]:
     """Records of prompts and completions, of which the chosen one has the higher quality."""
     rng, records = np.random.default_rng((seed, number)), []
     while len(records) < number:
         prompt = prompt_of(rng)
-        halves = sorted((drawn(rng, prompt[-1], LENGTH) for _ in range(2)), key=lambda x: -quality(prompt[-1], x))
+        halves = sorted((sampled_letters(rng, prompt[-1], LENGTH) for _ in range(2)), key=lambda x: -quality(prompt[-1], x))
         if quality(prompt[-1], halves[0]) > quality(prompt[-1], halves[1]):
             records.append(dict(zip(("prompt", "chosen", "rejected"), map(text_of, (prompt, *halves)), strict=True)))
     return records

@@ -45,14 +45,16 @@ def is_chat(sentence: str) -> bool:
     return zlib.crc32(sentence.encode()) % 2 == 0
 
 
+def question(name: str) -> dict:
+    return {"role": "user", "content": f"What is {name}?"}
+
+
 def chat(name: str, sentence: str) -> dict:
-    asked = {"role": "user", "content": f"What is {name}?"}
-    return {"messages": [asked, {"role": "assistant", "content": sentence}]}
+    return {"messages": [question(name), {"role": "assistant", "content": sentence}]}
 
 
 def preference(name: str, sentence: str) -> dict:
-    prompt = [{"role": "user", "content": f"What is {name}?"}]
-    return {"prompt": prompt, "chosen": sentence, "rejected": " ".join(reversed(sentence.split()))}
+    return {"prompt": [question(name)], "chosen": sentence, "rejected": " ".join(reversed(sentence.split()))}
 
 
 def write_conversations() -> None:
