@@ -1,6 +1,7 @@
 // Attention in float32 on a CPU, forward and backward ("FlashAttention", arXiv 2205.14135): the XLA custom calls of native.py.
 //
 // A query sees the keys first <= s < end. A block of 64 queries loops over tiles of 384 keys, whose scores stay in the L2 cache.
+// Scores that none of six queries sees are not computed, where whole vectors of keys are such.
 // Every product is `product`, whose inner loop keeps 6 rows by 4 vectors of sums in registers, as many as AVX-512 has. Keys, and
 // in the backward pass values too, come transposed, in panels of 64 keys: [B, K, panels, H, 64], padded with zeros.
 
@@ -20,9 +21,14 @@ struct Sizes {  // batch, query heads, key/value heads, queries, keys, head size
   int64_t padded() const { return (S + PANEL - 1) / PANEL * PANEL; }
 };
 
+struct Range {
+  int from, to;
+};
+
 struct Tile {  // keys from `first` on: `keys` of them, of whole panels, of which the sequence has `real`
   int64_t first;
   int keys, real;
+  Range seen[(QUERIES + ROWS - 1) / ROWS];  // of each ROWS queries: the keys that any of them sees, and to whole vectors
 };
 
 struct Block {  // queries from `start` on of a sequence, and what they see: keys from `begin`, the start of a panel, to `end`
@@ -40,17 +46,43 @@ struct Block {  // queries from `start` on of a sequence, and what they see: key
   }
   Tile tile(int64_t first) const {
     int keys = std::min<int64_t>(KEYS, (end - first + PANEL - 1) / PANEL * PANEL);
-    return {first, keys, (int)std::min<int64_t>(keys, S - first)};
+    Tile t{first, keys, (int)std::min<int64_t>(keys, S - first)};
+    for (int i = 0; i < queries; i += ROWS) {
+      Range all{keys, 0};
+      for (int query = i; query < std::min(i + ROWS, queries); query++) {
+        auto [from, to] = visible(t, query, {0, keys});
+        if (from < to) all = {std::min(all.from, from), std::max(all.to, to)};
+      }
+      t.seen[i / ROWS] = {std::min(all.from, all.to) / LANES * LANES, (all.to + LANES - 1) / LANES * LANES};
+    }
+    return t;
+  }
+  Range visible(const Tile& t, int query, Range within) const {
+    int from = std::clamp<int64_t>(firsts[query] - t.first, within.from, within.to);
+    return {from, (int)std::clamp<int64_t>(ends[query] - t.first, from, within.to)};
   }
   // Scores of one head, `panels` those of its keys (or of its values, for the gradients of probabilities).
   void scores(const Tile& t, const float* rows, const float* panels, int H, float* s) const {
     for (int j = 0; j < t.keys; j += PANEL)
-      product<false>({rows, H, 1}, panels + (t.first + j) * H, PANEL, s + j, STRIDE, queries, PANEL, H);
+      for (int i = 0; i < queries; i += ROWS) {
+        int from = std::max(j, t.seen[i / ROWS].from), to = std::min(j + PANEL, t.seen[i / ROWS].to);
+        if (from < to)
+          product<false>({rows + i * H, H, 1}, panels + (t.first + j) * H + from - j, PANEL, s + i * STRIDE + from, STRIDE,
+                         std::min(ROWS, queries - i), to - from, H);
+      }
   }
   void mask(const Tile& t, int query, float* s) const {
-    int from = std::clamp<int64_t>(firsts[query] - t.first, 0, t.keys);
-    int to = std::clamp<int64_t>(ends[query] - t.first, from, t.keys);
-    std::fill(s, s + from, -INFINITY), std::fill(s + to, s + t.keys, -INFINITY);
+    auto [first, last] = t.seen[query / ROWS];
+    auto [from, to] = visible(t, query, {first, last});
+    std::fill(s + first, s + from, -INFINITY), std::fill(s + to, s + last, -INFINITY);
+  }
+  // sums[queries, H] += s[queries, keys] x[keys, H]
+  void add(const Tile& t, const float* s, const float* x, int H, float* sums) const {
+    for (int i = 0; i < queries; i += ROWS) {
+      auto [from, to] = t.seen[i / ROWS];
+      product<true>({s + i * STRIDE + from, STRIDE, 1}, x + from * H, H, sums + i * H, H, std::min(ROWS, queries - i), H,
+                    std::min(to, t.real) - from);
+    }
   }
 };
 
@@ -65,6 +97,7 @@ struct Forward {
 
   // The online softmax of a query: its scores become probabilities times 2^-max; sum and o are those of all tiles so far.
   void softmax(float* s, int keys, float* max, float* sum, float* o) const {
+    if (keys == 0) return;
     float before = *max, now = std::max(before, scale * LOG2E * largest(s, keys));
     if (now == -INFINITY) return std::fill(s, s + keys, 0.f);
     Vector total{};
@@ -90,10 +123,11 @@ struct Forward {
         float* o = o_BNTH + row(g, 0) * z.H;
         block.scores(t, q_BNTH + row(g, 0) * z.H, panels + bk * z.padded() * z.H, z.H, s.data());
         for (int i = 0; i < block.queries; i++) {
+          auto [from, to] = t.seen[i / ROWS];
           block.mask(t, i, &s[i * STRIDE]);
-          softmax(&s[i * STRIDE], t.keys, &max[g * QUERIES + i], &sum[g * QUERIES + i], o + i * z.H);
+          softmax(&s[i * STRIDE + from], to - from, &max[g * QUERIES + i], &sum[g * QUERIES + i], o + i * z.H);
         }
-        product<true>({s.data(), STRIDE, 1}, v, z.H, o, z.H, block.queries, z.H, t.real);
+        block.add(t, s.data(), v, z.H, o);
       }
     }
     for (int64_t g = 0; g < z.groups(); g++)
@@ -127,15 +161,17 @@ struct Backward {
     block.scores(t, dout, v_panels + panels, z.H, ds);
     for (int i = 0; i < block.queries; i++) {
       float *p = s + i * STRIDE, *dp = ds + i * STRIDE, lse = LOG2E * lse_BNT[row + i], shift = shift_BNT[row + i];
+      auto [from, to] = t.seen[i / ROWS];
       block.mask(t, i, p);
-      for (int j = 0; j < t.keys; j += LANES) {
+      for (float* x : {p, dp}) std::fill(x, x + from, 0.f), std::fill(x + to, x + t.keys, 0.f);
+      for (int j = from; j < to; j += LANES) {
         Vector x = exp2(load(p + j) * (scale * LOG2E) - (std::isfinite(lse) ? lse : 0.f));
         store(p + j, x), store(dp + j, scale * x * (load(dp + j) - shift));
       }
     }
     product<true>({s, 1, STRIDE}, dout, z.H, dv, z.H, t.real, z.H, block.queries);
     product<true>({ds, 1, STRIDE}, q, z.H, dk, z.H, t.real, z.H, block.queries);
-    product<true>({ds, STRIDE, 1}, k, z.H, dq_BNTH + row * z.H, z.H, block.queries, z.H, t.real);
+    block.add(t, ds, k, z.H, dq_BNTH + row * z.H);
   }
 
   void operator()(int64_t task) const {  // every so many blocks of the heads that share a key/value head
