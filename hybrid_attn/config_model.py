@@ -97,6 +97,7 @@ class LayerType:
     rope_theta: float | None = within(1, 10**18, above=True, aliases=("theta", "rope_base"))
     rope_fraction: float = within(0, 1, above=True, aliases=("partial_rotary_factor", "rotary_pct"))
     rope_scaling: RopeScaling
+    short_conv: int | None = within(2, 256, aliases=("canon_kernel", "conv_kernel", "d_conv", "conv_L_cache"))
     qk_norm: str = one_of("none", "layernorm", "rms", "rms_plus1", "rms_weightless")
     qk_norm_scope: str = one_of("head_dim", "head", "projection")
     qk_norm_after_rope: bool
@@ -262,6 +263,11 @@ def reach(layer_type: LayerType) -> str | None:
     if layer_type.window is not None:
         return f"window {layer_type.window:,}"
     return None if layer_type.chunk is None else f"chunks of {layer_type.chunk:,}"
+
+
+def convolution(layer_type: LayerType) -> str:
+    """The short convolution of a layer type as text that follows others; empty without one."""
+    return "" if layer_type.short_conv is None else f", short convolution of {layer_type.short_conv}"
 
 
 def rotated_dims(model: Model, layer_type: LayerType) -> int:

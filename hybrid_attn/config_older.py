@@ -18,7 +18,7 @@ NEW_STAGE = (
     "average_over", "preference", "turn_patience", "turn_indicator",
 )  # fmt: skip
 NEW_MLP = "bias_rate", "shared_d_ff", "domain_dim", "bias_on", "swiglu_limit", "swiglu_alpha", "biases"
-NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale", "attention_bias"
+NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale", "attention_bias", "short_conv"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 

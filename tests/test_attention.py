@@ -354,7 +354,7 @@ def test_attention_is_its_formula(fields):
     x = np.random.default_rng(10).normal(size=(T, 32))
     positions, segments = layout(PACKED)
     row = on_mesh({"x": x[None].astype(np.float32), "p": positions[None], "s": segments[None]})
-    attended = jax.jit(lambda layer, x, pos, seg: layer(x, pos, seg, in_packed(model, "L", pos, seg, REFERENCE))[0])
+    attended = jax.jit(lambda layer, x, pos, seg: layer(x, pos, seg, in_packed(model, "L", pos, seg, REFERENCE).attend)[0])
     got = jax.device_get(attended(layer, *row.values()))[0]
 
     q, k, v = (np.einsum("TD,DNH->TNH", x, params[name]) for name in "qkv")

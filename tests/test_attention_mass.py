@@ -135,16 +135,19 @@ def watched_weights(eval_model, prompt):
     execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):
-        def attend(q, k, v, sinks):
-            return in_packed(eval_model.model, letter, pos, seg, execution)(q, k, v, sinks)[0], (q[0], k[0], sinks)
+        exchange = in_packed(eval_model.model, letter, pos, seg, execution)
 
-        return attend
+        def attend(q, k, v, sinks):
+            return exchange.attend(q, k, v, sinks)[0], (q[0], k[0], sinks)
+
+        return exchange._replace(attend=attend)
 
     @jax.jit
     def through(params):
         weights = unstacked(eval_model.model, params, jnp.float32)
-        attends = [watched(x) for x in eval_model.model.layers]
-        return layer_by_layer(eval_model.model, weights, Tokens(tokens, pos, seg), attends, execution)[1]
+        exchanges = [watched(x) for x in eval_model.model.layers]
+        states = layer_by_layer(eval_model.model, weights, Tokens(tokens, pos, seg), exchanges, execution)[1]
+        return [state.attention for state in states]
 
     dense = []
     for letter, (q, k, sinks) in zip(eval_model.model.layers, jax.device_get(through(eval_model.params)), strict=True):

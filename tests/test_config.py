@@ -101,7 +101,7 @@ OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softc
 OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule", "name"}
 OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens", "statistics_every", "mup_base_width", "mup_base_depth"}
 OPTIONAL |= {"preference", "unembed_init_std", "bias_rate", "shared_d_ff", "share_kv", "domain_dim", "swiglu_limit"}
-OPTIONAL |= {"rank_fraction", "turn_patience", "turn_indicator"}
+OPTIONAL |= {"rank_fraction", "turn_patience", "turn_indicator", "short_conv"}
 
 
 def is_optional(path):

@@ -99,7 +99,8 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     older = copy.deepcopy(values)
     older["train"] |= {"balance": older["train"].pop("zigzag"), "context": "G=exchange"}
     del older["optim"]["optimiser"], older["stages"][0]["objective"], older["stages"][0]["model_changes"]
-    del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
+    del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["short_conv"]
+    del older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
     older["model"]["kinds"]["G"]["mlp"] = "gated"
     assert config.upgraded(older) == values == config.upgraded(values)
     del (of_first_experts := copy.deepcopy(values))["model"]["kinds"]["G"]["mlp"]["bias_rate"]

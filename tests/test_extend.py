@@ -32,6 +32,7 @@ MODELS = {
     "chunks": tiny({}, L={"chunk": 6, "rope_theta": 50.0, "temperature.type": "steps", "temperature.scale": 0.1}).model,
     "caps": tiny({"model.block": "sandwich"}, L={"window": W, "softcap": 1.5, "rope_theta": 100.0}, G={"softcap": 2.0}).model,
     "sinks": tiny({"model.block": "pre"}, L={"window": W, "sink": True, "rope_theta": 9.0}, G={"gate": "projection"}).model,
+    "convolutions": tiny(L={"window": W, "rope_theta": 50.0, "short_conv": 3}, G={"short_conv": 7}).model,
     "rotated": tiny({"model.pattern": "GGL", "model.num_layers": 3, "model.block": "post"}, G={"rope_theta": 1e4}).model,
 }
 
@@ -149,6 +150,7 @@ def test_sequences_of_every_family_in_chunks_give_what_the_forward_pass_gives(fa
         ("everything", {"context": 4}),
         pytest.param("everything", {"context": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow),
         ("chunks", {"data": 2, "context": 3}),
+        ("convolutions", {"context": 4, "tensor": 2}),  # a shard has 3 tokens of a chunk, and a convolution 7
     ],
 )
 def test_a_mesh_reads_chunks_as_one_device_does(name, sizes):

@@ -168,7 +168,7 @@ def test_a_share_of_the_harness_that_is_none_or_all_has_wilsons_interval():
 
 
 def test_layers_are_named_by_what_they_see():
-    base = {"window": None, "chunk": None, "rope_theta": None}
+    base = {"window": None, "chunk": None, "rope_theta": None, "short_conv": None}
     kinds = {
         letter: type("Kind", (), base | fields)
         for letter, fields in {
@@ -177,11 +177,12 @@ def test_layers_are_named_by_what_they_see():
             "C": {"chunk": 8192, "rope_theta": 1e4},
             "F": {"rope_theta": 1e6},
             "H": {"rope_theta": 1e7},
+            "N": {"short_conv": 4},
         }.items()
     }
     assert layers.names(kinds) == {
         **{"L": "local, window 512, RoPE", "G": "global, NoPE", "C": "local, chunks of 8,192, RoPE"},
-        **{"F": "global, RoPE (F)", "H": "global, RoPE (H)"},
+        **{"F": "global, RoPE (F)", "H": "global, RoPE (H)", "N": "global, NoPE, short convolution of 4"},
     }
     layouts = {
         **{"LG": "LG", "LLLG" * 8: "8×LLLG", "LLLG" * 8 + "LL": "8×LLLG + LL", "L" * 12: "12×L", None: None},

@@ -296,7 +296,7 @@ def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_no
     mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
     nnx.update(layer, mine)
     mine = jax.device_get(mine)
-    attention = jax.jit(lambda x: layer.attention(x, pos, seg, in_packed(model, "L", pos, seg, REFERENCE))[0])
+    attention = jax.jit(lambda x: layer.attention(x, pos, seg, in_packed(model, "L", pos, seg, REFERENCE).attend)[0])
     wanted = BLOCKS[block](
         1.7 * np.asarray(params["embed"])[BATCH["tokens"]],
         lambda name, x: norm_by_hand(x, "rms_plus1", mine[name]["weight"], model.norm_eps),

@@ -21,7 +21,8 @@ ALLOCATED, NEW = 4096, 32  # tokens of that cache, and those of its answer
 def cache_bytes(c: Config, length: int, chunk: int) -> int:
     """Bytes in bfloat16 of the cache of one sequence of `length` tokens, `chunk` read at a time; nothing is allocated."""
     cache = jax.eval_shape(lambda: caches.empty(c.model, 1, length, chunk, jnp.dtype("bfloat16"), False))
-    return sum(x.size * x.dtype.itemsize for layer in cache.layers for x in (layer.k_BKSH, layer.v_BKSH))
+    arrays = [x for layer in cache.layers for x in (layer.k_BKSH, layer.v_BKSH)] + jax.tree.leaves(cache.inputs)
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def sizes(values: dict, lengths: list[int], chunk: int) -> list[dict]:

@@ -31,6 +31,9 @@ def kind(**changes) -> ConfigDict:
     k.rope_scaling.high = 32.0  # yarn: beta_fast; llama3: high_freq_factor
     k.rope_scaling.attention_factor = None  # yarn: scale of cos and sin; None = 0.1 ln(factor) + 1
     k.rope_scaling.truncate = True  # yarn: whether the ends of its ramp are whole dimensions (gpt-oss: False)
+    # Tokens of a causal convolution on the normed input of the mixer, with a residual and weights for each dimension that start
+    # at zero: each token gets those right before it added (Canon-A, arXiv 2512.17351: 4). It gives positions without RoPE.
+    k.short_conv = None  # None = no convolution
     k.qk_norm = "none"  # none | layernorm | rms | rms_plus1 | rms_weightless
     k.qk_norm_scope = "head_dim"  # weight: head_dim (shared by heads) | head (one per head) | projection (norm over all heads)
     k.qk_norm_after_rope = False  # usually norms are applied before RoPE; in Llama 4 after it

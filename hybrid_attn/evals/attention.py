@@ -158,19 +158,19 @@ def _batch_statistics(
     seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def attend_and_measure(letter: str):
-        attend_in_rows, kind = in_packed(model, letter, pos_BT, seg_BT, execution), model.kinds[letter]
+        exchange, kind = in_packed(model, letter, pos_BT, seg_BT, execution), model.kinds[letter]
         scale = score_scale(model, kind)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
-            o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N)
+            o_BTNH, _ = exchange.attend(q_BTNH, k_BTKH, v_BTKH, sinks_N)
             return o_BTNH, statistics_of(q_BTNH, k_BTKH, queries, sinks_N, num_queries=num_queries, kind=kind, scale=scale)
 
-        return attend
+        return exchange._replace(attend=attend)
 
     weights = unstacked(model, params, execution.dtype)
-    attends = [attend_and_measure(letter) for letter in model.layers]
-    _, statistics = layer_by_layer(model, weights, Tokens(tokens_BT, pos_BT, seg_BT), attends, execution)
-    return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
+    exchanges = [attend_and_measure(letter) for letter in model.layers]
+    _, states = layer_by_layer(model, weights, Tokens(tokens_BT, pos_BT, seg_BT), exchanges, execution)
+    return jax.tree.map(lambda x: jax.reshard(x, P()), [state.attention for state in states])
 
 
 def sources(context: EvalContext, settings: Settings) -> list[str]:

@@ -12,11 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
 from hybrid_attn.infer.cache.attend import attend as attend_in_cache
+from hybrid_attn.infer.cache.convolve import convolve as convolve_in_cache
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
 from hybrid_attn.infer.products import for_one_token
 from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Execution, logits
-from hybrid_attn.model.attention import Attend, attention_options
+from hybrid_attn.model.attention import attention_options
+from hybrid_attn.model.exchange import Exchange
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.transformer import Tokens, layer_by_layer, unembedding
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
@@ -61,7 +63,7 @@ def extend(
     position_BT = jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T)
     position_BT = jax.reshard(position_BT, spec_of(tokens_BT))
 
-    def cached(letter: str, layer: LayerCache) -> Attend:
+    def cached(letter: str, layer: LayerCache, inputs_BUD: jax.Array | None) -> Exchange:
         options, chunk = attention_options(config.model, letter), config.model.kinds[letter].chunk
         settings = LayerSettings(options, chunk, config.execution.kernel, config.span, config.execution.vector_products)
 
@@ -70,14 +72,17 @@ def extend(
             o_BTNH, new_layer = attend_in_cache(settings, layer, qkv, cache.lengths_B, counts_B, sinks_N)
             return o_BTNH, (new_layer, None if settings.is_ring else (q_BTNH, sinks_N))
 
-        return attend
+        def convolve(weight_WD, x_BTD):
+            return convolve_in_cache(weight_WD, x_BTD, inputs_BUD, counts_B)
 
-    attends = list(map(cached, config.model.layers, cache.layers))
+        return Exchange(attend, convolve)
+
+    exchanges = list(map(cached, config.model.layers, cache.layers, cache.inputs))
     segment_BT = (jnp.arange(T) < jax.reshard(counts_B, P(BATCH))[:, None]).astype(jnp.int32)
     tokens = Tokens(tokens_BT, position_BT, jax.reshard(segment_BT, spec_of(tokens_BT)))
-    x_BTD, states = layer_by_layer(config.model, weights, tokens, attends, config.execution)
-    layers, queries = zip(*states, strict=True)
-    return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries
+    x_BTD, states = layer_by_layer(config.model, weights, tokens, exchanges, config.execution)
+    layers, queries = zip(*(state.attention for state in states), strict=True)
+    return x_BTD, Cache(layers, tuple(state.inputs_BUD for state in states), cache.lengths_B + counts_B), queries
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))

@@ -42,7 +42,10 @@ def forward_flops_per_token(model: Model, length: int) -> float:
 
 
 def product_flops_per_token(model: Model, names: Container[str] | None = None) -> int:
-    """FLOPs of the products of a token with the matrices and the table of the logits, or with those of these `names` alone."""
+    """FLOPs of the products of a token with the matrices, the short convolutions and the table of the logits.
+
+    With `names`, of those weights alone.
+    """
     multiplications = {"embed" if model.tie_embeddings else "unembed": model.vocab_size * model.d_model}
     for group, _, number in model.groups:
         of_group = flatten_dict(specs(model)[group], sep="/").items()
@@ -56,7 +59,8 @@ def train_flops_per_token(model: Model, length: int) -> float:
 
 
 def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:
-    """Bytes of keys and values that decoding needs after `length` tokens of one sequence."""
+    """Bytes that decoding needs after `length` tokens of one sequence: keys, values, and inputs of short convolutions."""
     layer_types = [model.kinds[letter] for letter in model.layers]
     heads = sum(min(length, visible_tokens(x) or length) * attention_heads(model, x)[1] for x in layer_types)
-    return 2 * heads * model.head_dim * bytes_per_value
+    inputs = sum(min(length, x.short_conv - 1) for x in layer_types if x.short_conv is not None)
+    return (2 * heads * model.head_dim + inputs * model.d_model) * bytes_per_value

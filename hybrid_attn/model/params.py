@@ -19,7 +19,7 @@ from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 
 # The mesh axis, or axes, over which each logical axis of a weight is split.
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
-MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None}
+MESH_AXES |= {"head_dim": None, "norm": None, "tap": None, "expert": "expert", "score": None}
 MESH_AXES |= {"rank": None, "mixture": None}  # of adapters
 LOW_RANK = "low_rank"  # the axis between two factors of a matrix
 MESH_AXES |= {LOW_RANK: None}
@@ -36,11 +36,11 @@ class ParamSpec:
 
     `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations; with `active` they follow an axis that counts the matrices of experts, of which a token is multiplied with
-    so many. `exact` weights are used in float32 everywhere, as vectors are. A matrix that makes other weights has `products`,
-    the multiplications that a token has because of it. `group` is the optimiser's: matrices are decayed; embeddings, norms and
-    scalars of heads are not. With `sign_rate` no optimiser has the weight: a step moves each entry by so much, against the sign
-    of its gradient. `width` and `depth` are those of the model over those of the base model of
-    µP, where this weight depends on them, or else 1.
+    so many. `exact` weights are used in float32 everywhere, as vectors are. A matrix that makes other weights, and a short
+    convolution, have `products`: the multiplications that a token has because of them. `group` is the optimiser's: matrices are
+    decayed; embeddings, norms, short convolutions and scalars of heads are not. With `sign_rate` no optimiser has the weight: a
+    step moves each entry by so much, against the sign of its gradient. `width` and `depth` are those of the model over those of
+    the base model of µP, where this weight depends on them, or else 1.
     """
 
     shape: tuple[int, ...]
@@ -170,10 +170,14 @@ def embedding(
 
 
 def vector(
-    shape: tuple[int, ...], axes: tuple[str, ...], value: float, sign_rate: float | None = None, active: int | None = None
-) -> Weight:
-    """A weight that starts at one value: of a norm, a scalar of each head, or a bias; `active` as in `ParamSpec`."""
-    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0, active, sign_rate=sign_rate)
+    shape: tuple[int, ...], axes: tuple[str, ...], value: float, sign_rate: float | None = None, active: int | None = None,
+    *, products: int | None = None,
+) -> Weight:  # fmt: skip
+    """A weight that starts at one value: of a norm, a scalar of each head, a bias, or a short convolution.
+
+    `active` and `products` as in `ParamSpec`.
+    """
+    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0, active, sign_rate=sign_rate, products=products)
     return Weight(jnp.full(shape, value, jnp.float32, out_sharding=spec.sharding), spec=spec)
 
 

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import kernels
 from hybrid_attn.config import LayerType, Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
-from hybrid_attn.model import statistics, transforms
-from hybrid_attn.model.attention import Attend, Attention, attention_options
+from hybrid_attn.model import short_conv, statistics, transforms
+from hybrid_attn.model.attention import Attend, Attention
 from hybrid_attn.model.attention_experts import AttentionExperts
+from hybrid_attn.model.exchange import Exchange, LayerState, in_packed
 from hybrid_attn.model.execution import Chunks, Execution
 from hybrid_attn.model.loss import most_likely, token_losses
 from hybrid_attn.model.mlp import GatedMLP
@@ -90,6 +91,9 @@ class Block(nnx.Module):
         self.form, self.mixer_name, self.residual_scale = model.block, layer_type.mixer, layer_type.residual_scale
         mixer = choice(f"model.kinds.{letter}.mixer", layer_type.mixer, MIXERS)
         setattr(self, self.mixer_name, mixer(model, layer_type, rngs=rngs))
+        self.convolves = layer_type.short_conv is not None
+        if self.convolves:
+            self.short_conv = short_conv.taps(model, layer_type.short_conv)
         self.mlp = choice(f"model.kinds.{letter}.mlp.type", layer_type.mlp.type, MLPS)(model, layer_type, rngs=rngs)
         if self.form == "parallel":
             self.norm = residual_norm(model)
@@ -99,21 +103,29 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = residual_norm(model), residual_norm(model)
 
     def __call__(
-        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, attend: Attend, chunks: Chunks | None
-    ) -> tuple[jax.Array, Aux, Any]:
-        """The residual stream after the layer, the aux of mixer and feed-forward, and what else `attend` returns."""
-        mixer = getattr(self, self.mixer_name)
+        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, exchange: Exchange, chunks: Chunks | None
+    ) -> tuple[jax.Array, Aux, LayerState]:
+        """The residual stream after the layer, the aux of mixer and feed-forward, and what else the `exchange` returns."""
+        tokens = pos_BT, seg_BT, exchange
         if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
             h_BTD = self.norm(x_BTD)
-            y_BTD, aux, state = mixer(h_BTD, pos_BT, seg_BT, attend)
+            y_BTD, aux, state = self._mixed(h_BTD, *tokens)
             z_BTD, mlp_aux = self.mlp(h_BTD, seg_BT, chunks)
             return self._sum(self._sum(x_BTD, y_BTD), z_BTD), added(aux, mlp_aux), state
         # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
         inner, outer = self.form != "post", self.form != "pre"
-        y_BTD, aux, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, seg_BT, attend)
+        y_BTD, aux, state = self._mixed(self.attention_norm(x_BTD) if inner else x_BTD, *tokens)
         x_BTD = self._sum(x_BTD, self.attention_post_norm(y_BTD) if outer else y_BTD)
         z_BTD, mlp_aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, seg_BT, chunks)
         return self._sum(x_BTD, self.mlp_post_norm(z_BTD) if outer else z_BTD), added(aux, mlp_aux), state
+
+    def _mixed(
+        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, exchange: Exchange
+    ) -> tuple[jax.Array, Aux, LayerState]:
+        """What the mixer makes of its input, which the short convolution has changed if there is one."""
+        x_BTD, inputs_BUD = exchange.convolve(self.short_conv[...], x_BTD) if self.convolves else (x_BTD, None)
+        y_BTD, aux, state = getattr(self, self.mixer_name)(x_BTD, pos_BT, seg_BT, exchange.attend)
+        return y_BTD, aux, LayerState(state, inputs_BUD)
 
     def _sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
         """The residual stream with the output of a branch."""
@@ -128,23 +140,6 @@ def residual_norm(model: Model) -> Norm:
 def added(total: Aux, new: Aux) -> Aux:
     """The sum of two layers' scalars; a name that one of them lacks counts as zero there."""
     return total | {name: total[name] + value if name in total else value for name, value in new.items()}
-
-
-def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution) -> Attend:
-    """Attention of a layer of that type to the tokens of its own packed sequences, and its statistics if they are measured."""
-    scheme, chunk = execution.context[letter], model.kinds[letter].chunk
-    options = context.ContextOptions(attention_options(model, letter), execution.kernel, scheme, execution.zigzag)
-    if chunk is not None:
-        seg_BT = context.chunk_segments(pos_BT, seg_BT, chunk)
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
-        queries, keys = kernels.Queries(q_BTNH, pos_BT, seg_BT), kernels.Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
-        o_BTNH = context.attend(options, queries, keys, sinks_N)
-        if not execution.statistics:
-            return o_BTNH, None
-        return o_BTNH, statistics.of_attention(options.attention, q_BTNH, k_BTKH, pos_BT, seg_BT, sinks_N)
-
-    return attend
 
 
 def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -240,7 +235,7 @@ def apply_in_zigzag(
 
     With `execution.statistics` these have `STATISTICS` too: of the layers of the periods, with the period as axis 0.
     """
-    attends = {letter: in_packed(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
+    exchanges = {letter: in_packed(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
 
     def layers(letters: str, x_BTD: jax.Array, leaves: dict) -> tuple[jax.Array, tuple[Aux, dict]]:
         total, measured = {}, {}
@@ -250,11 +245,11 @@ def apply_in_zigzag(
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 block = bind(model, letter, leaves, execution)
-                x_BTD, aux, attention = block(x_BTD, pos_BT, seg_BT, attends[letter], execution.mlp_chunks(letter))
+                x_BTD, aux, state = block(x_BTD, pos_BT, seg_BT, exchanges[letter], execution.mlp_chunks(letter))
                 scalars = {name: x for name, x in aux.items() if x.ndim == 0}
                 if not execution.statistics:
                     return x_BTD, scalars, None
-                return x_BTD, scalars, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT), aux)
+                return x_BTD, scalars, LayerStatistics(state.attention, statistics.of_activations(x_BTD, seg_BT), aux)
 
             with jax.named_scope(letter), jax.named_scope(name):  # a profile sums over the layers of a type
                 x_BTD, aux, measured[name] = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
@@ -301,15 +296,15 @@ class Tokens(NamedTuple):
 
 
 def layer_by_layer(
-    model: Model, weights: dict, tokens: Tokens, attends: Sequence[Attend], execution: Execution
-) -> tuple[jax.Array, list[Any]]:
-    """Final normed activations [B, T, D], and what else each layer's own `attend` returns. `weights` are `unstacked`'s."""
+    model: Model, weights: dict, tokens: Tokens, exchanges: Sequence[Exchange], execution: Execution
+) -> tuple[jax.Array, list[LayerState]]:
+    """Final normed activations [B, T, D], and what else each layer's own `exchange` returns. `weights` are `unstacked`'s."""
     x_BTD = look_up(weights["embed"], tokens.ids_BT, execution.dtype) * model.embed_scale
     states = []
-    for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
+    for letter, leaves, exchange in zip(model.layers, weights["layers"], exchanges, strict=True):
         chunks = execution.mlp_chunks(letter) if tokens.ids_BT.shape[1] > 1 else None
         block = bind(model, letter, leaves, execution)
-        x_BTD, _, state = block(x_BTD, tokens.pos_BT, tokens.seg_BT, attend, chunks)
+        x_BTD, _, state = block(x_BTD, tokens.pos_BT, tokens.seg_BT, exchange, chunks)
         states.append(state)
     return final_norm(model, weights, x_BTD), states
 

@@ -118,31 +118,57 @@ def _on_this_shard(options: ContextOptions, queries: Queries, keys: Keys, sinks_
     return kernels.attend(options.kernel, options.attention, queries, keys, sinks_N)[0]
 
 
+def over_slices(function: Callable, weight: jax.Array, arrays: Any, count: int, zigzag: bool) -> jax.Array:
+    """[B, T, ...] of `function(weight, arrays, tokens)`, which computes each slice of a sequence that the mesh may split.
+
+    It gets the arrays of the slice, of so many tokens, after those of up to `count` tokens right before it: fewer, or zeros, at
+    the beginning of the sequence.
+    """
+    slices = 2 if _is_zigzag(zigzag) else 1
+
+    def shard(weight, arrays):
+        own = _split(arrays, slices)
+        with jax.named_scope("halo"):
+            before = _tokens_before(own, count)
+        with_before = [_concatenate([*earlier, of_slice]) for earlier, of_slice in zip(before, own, strict=True)]
+        return jnp.concatenate([function(weight, x, _tokens(own[0])) for x in with_before], 1)
+
+    return jax.shard_map(shard, out_specs=spec_of(jax.tree.leaves(arrays)[0]))(weight, arrays)
+
+
 def _halo(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """Each slice against itself and the `window` keys before it: one too many, but often a multiple of a TPU's tiles."""
     own = _split(keys, options.slices)
     with jax.named_scope("halo"):
-        before = _keys_before(own, options.attention.window)
+        before = _tokens_before(own, options.attention.window)
     all_keys = [_concatenate([*keys_before, slice_keys]) for keys_before, slice_keys in zip(before, own, strict=True)]
     parts = zip(_split(queries, options.slices), all_keys, strict=True)
     return jnp.concatenate([_on_this_shard(options, *part, sinks_N) for part in parts], 1)
 
 
-def _keys_before(own: list[Keys], window: int) -> list[list[Keys]]:
-    """For each slice of this shard the `window` keys right before it, in reading order; padding before the sequence."""
-    size, num_slices = own[0].seg_BS.shape[1], jax.lax.axis_size(AXIS) * len(own)
-    before: list[list[Keys]] = [[] for _ in own]
+def _tokens_before(own: list, number: int) -> list[list]:
+    """For each slice of this shard the arrays of the `number` tokens right before it, in reading order.
+
+    Before the sequence there are none, or zeros, which are padding.
+    """
+    size, num_slices = _tokens(own[0]), jax.lax.axis_size(AXIS) * len(own)
+    before: list[list] = [[] for _ in own]
     for distance in range(1, num_slices):  # slices
-        count = min(size, window - (distance - 1) * size)
+        count = min(size, number - (distance - 1) * size)
         if count <= 0:
             break
-        tails = [jax.tree.map(lambda x, first=size - count: x[:, first:], keys) for keys in own]
-        for keys_before, received in zip(before, _slices_before(tails, distance), strict=True):
-            keys_before.insert(0, received)
+        tails = [jax.tree.map(lambda x, first=size - count: x[:, first:], arrays) for arrays in own]
+        for arrays_before, received in zip(before, _slices_before(tails, distance), strict=True):
+            arrays_before.insert(0, received)
     return before
 
 
-def _slices_before(slices: list[Keys], distance: int) -> list[Keys]:
+def _tokens(tree: Any) -> int:
+    """The number of tokens of arrays [B, T, ...]."""
+    return jax.tree.leaves(tree)[0].shape[1]
+
+
+def _slices_before(slices: list, distance: int) -> list:
     """For each slice of this shard the one that lies `distance` slices before it; zeros before the sequence."""
     c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     before_early = _permute(slices[0], [(shard, shard + distance) for shard in range(c - distance)])

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from hybrid_attn.config import Config, LayerType, StageConfig, reach
+from hybrid_attn.config_model import convolution
 from hybrid_attn.data.pipeline import MixedSequences
 from hybrid_attn.data.synthetic import SyntheticSequences
 from hybrid_attn.evals.evaluation import Baselines
@@ -102,7 +103,7 @@ def describe(layer: LayerType) -> str:
     positions = "NoPE" if layer.rope_theta is None else f"RoPE {layer.rope_theta:,.0f}"
     norm = "" if layer.qk_norm == "none" else f", QK-norm {layer.qk_norm}"
     experts = f", {layer.mlp.top_k} of {layer.mlp.experts} experts" if layer.mlp.type == "moe" else ""
-    return f"{reach(layer) or 'full causal'}, {positions}{norm}{experts}"
+    return f"{reach(layer) or 'full causal'}, {positions}{convolution(layer)}{norm}{experts}"
 
 
 def step_line(values: Mapping[str, float]) -> str:

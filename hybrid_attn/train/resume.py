@@ -24,6 +24,7 @@ from hybrid_attn.trees import check
 OPTIMISER = "optim.optimiser"
 # Of initial parameters and rates alone.
 INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth", "model.low_rank.init")
+LATER = ("short_conv",)  # fields of a layer type that count where they are set: digests of before hold without them
 LAYOUT = ("model.prefix", "model.pattern")
 # Of checkpoints that do not name these of their stage, or of its preference.
 OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None, "trainable": []} | SETTINGS
@@ -99,7 +100,8 @@ def _of_layers(model: Mapping) -> dict:
 def function_of(model: Model) -> str:
     """A digest of the fields that say what the parameters of a model compute."""
     fields = trees.flat({"model": _of_layers(to_dict(model))})
-    return digest({key: x for key, x in fields.items() if key not in INITIAL})
+    unset = [key for key, x in fields.items() if key.endswith(LATER) and x is None]
+    return digest({key: x for key, x in fields.items() if key not in (*INITIAL, *unset)})
 
 
 def changes(old: Fields, new: Fields) -> dict[str, str]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from hybrid_attn.config import LayerType, reach
+from hybrid_attn.config_model import convolution
 from hybrid_attn.evals.report.runs import Run
 
 LONGEST_LAYOUT = 8  # letters that are shown one by one
@@ -15,7 +16,8 @@ def names(layer_types: Mapping[str, LayerType]) -> dict[str, str]:
     by_letter = {}
     for letter, layer_type in layer_types.items():
         span = f"local, {limit}" if (limit := reach(layer_type)) else "global"
-        by_letter[letter] = f"{span}, {'NoPE' if layer_type.rope_theta is None else 'RoPE'}"
+        positions = "NoPE" if layer_type.rope_theta is None else "RoPE"
+        by_letter[letter] = f"{span}, {positions}{convolution(layer_type)}"
     counts = Counter(by_letter.values())
     return {letter: f"{x} ({letter})" if counts[x] > 1 else x for letter, x in by_letter.items()}
 

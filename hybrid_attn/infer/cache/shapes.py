@@ -4,8 +4,9 @@ A layer type with a window or a chunk has a ring buffer: the token at position p
 W + T - 1 slots while chunks of T tokens are prefilled, and W slots while tokens are decoded one by one. Any other layer type
 keeps every token: the token at position p is in slot p - evicted, where `evicted` counts the tokens that compression removed.
 Numbers of slots are rounded up (`rounded_slots`), so that few programs are compiled.
+A layer type with a short convolution of W tokens also keeps the last W - 1 inputs of the convolution.
 
-Letters: B requests, S slots, R slots of a ring, K key/value heads, H head size.
+Letters: B requests, S slots, R slots of a ring, K key/value heads, H head size, D model, U = W - 1.
 """
 
 import functools
@@ -41,9 +42,13 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The cache of every layer, and how many tokens of each request it has read."""
+    """The cache of every layer, and how many tokens of each request it has read.
+
+    `inputs` are the last [B, U, D] of each layer's short convolution, zeros before the request; None for a layer without one.
+    """
 
     layers: tuple[LayerCache, ...]
+    inputs: tuple[jax.Array | None, ...]
     lengths_B: jax.Array
 
 
@@ -118,7 +123,13 @@ def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.d
         layer = LayerCache(numbers, numbers, scales, scales, evicted)
         return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, partition_specs(layer))
 
-    return Cache(tuple(map(of_layer, model.layers)), jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
+    def inputs_of(letter: str) -> jax.Array | None:
+        width = model.kinds[letter].short_conv
+        shape = batch_size, (width or 1) - 1, model.d_model
+        return None if width is None else jnp.zeros(shape, dtype, out_sharding=P(BATCH, None, None))
+
+    layers, inputs = (tuple(map(make, model.layers)) for make in (of_layer, inputs_of))
+    return Cache(layers, inputs, jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
 
 
 def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner) -> Cache:
@@ -156,5 +167,6 @@ def repeated(times: int, cache: Cache) -> Cache:
 
 
 def num_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values over all devices; copies of a ring on several `context` shards count once."""
-    return sum(x.nbytes for layer in cache.layers for x in jax.tree.leaves(layer._replace(evicted_BK=None)))
+    """Bytes of all keys, values and inputs of short convolutions over all devices; copies on several shards count once."""
+    layers = tuple(layer._replace(evicted_BK=None) for layer in cache.layers)
+    return sum(x.nbytes for x in jax.tree.leaves((layers, cache.inputs)))
