@@ -1,9 +1,9 @@
 """A short convolution: to each token of a layer's mixer it adds weighted tokens right before it, dimension by dimension.
 
 y_t = x_t + sum over i from 0 to W - 1 of w_i x_(t-i), over the tokens of the same document. This is a depthwise causal
-convolution with a residual, on the normed input of the mixer: the layer Canon-A of "Physics of Language Models: Part 4.1"
-(arXiv 2512.17351). The weights start at zero, so that a model starts as the one without them. Queries, keys and values, and
-the gate of an attention, are projected from y.
+convolution with a residual on the input of the mixer, which is normed except in the block "post": the layer Canon-A of "Physics
+of Language Models: Part 4.1" (arXiv 2512.17351). The weights start at zero, so that a model starts as the one without them.
+Queries, keys and values, and the gate of an attention, are projected from y.
 
 Letters: B batch, T tokens, D model, W taps, U = W - 1 earlier tokens, S tokens with those before them.
 """
@@ -17,7 +17,7 @@ from hybrid_attn.parallel import context
 
 
 def taps(model: Model, width: int) -> Weight:
-    """The weights [W, D]; they are used in float32 and not decayed, as those of norms are, and no matrix of an adapter."""
+    """The weights [W, D]. Like those of norms they are used in float32, not decayed, and the same on every device."""
     return vector((width, model.d_model), ("tap", "norm"), 0.0, products=width * model.d_model)
 
 
