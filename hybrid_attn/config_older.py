@@ -1,6 +1,8 @@
 """Configs of older versions of this program: the keys that they lack, and today's names of the keys that they have."""
 
-from collections.abc import Iterable, Mapping
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
 
 from hybrid_attn import trees
 from hybrid_attn.configs import base
@@ -24,7 +26,7 @@ RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpo
 
 def completed(values: Mapping) -> dict:
     """The nested dict of a config; keys that older ones lack get their defaults, the only choice when those were written."""
-    values, defaults = trees.plain(values), trees.plain(base.get_config())
+    values, defaults = trees.plain(values), _defaults(base.get_config)
     model, stages = values.get("model"), values.get("stages")
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
@@ -34,23 +36,29 @@ def completed(values: Mapping) -> dict:
     _add([values.get("train")], defaults["train"], *NEW_TRAIN)
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
-    _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
-    _add([stage["preference"] for stage in stages], trees.plain(base.preference()), "reference")
+    _add([stage["lr_schedule"] for stage in stages], _defaults(base.lr_schedule), "warmup_tokens")
+    _add([stage["preference"] for stage in stages], _defaults(base.preference), "reference")
     kinds = [kind for kind in kinds.values() if isinstance(kind, dict)] if isinstance(kinds, dict) else []
-    _add(kinds, trees.plain(base.kind()), *NEW_KIND)
+    _add(kinds, _defaults(base.kind), *NEW_KIND)
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
-    _add([kind["mlp"] for kind in kinds], trees.plain(base.moe()), *NEW_MLP)
-    _add([kind["rope_scaling"] for kind in kinds if "rope_scaling" in kind], trees.plain(base.kind().rope_scaling), "truncate")
+    _add([kind["mlp"] for kind in kinds], _defaults(base.moe), *NEW_MLP)
+    _add([kind["rope_scaling"] for kind in kinds if "rope_scaling" in kind], _defaults(base.kind)["rope_scaling"], "truncate")
     return values
+
+
+@functools.cache
+def _defaults(group: Callable) -> dict:
+    """The nested dict of a group of `base`, which `_add` copies from."""
+    return trees.plain(group())
 
 
 def _add(groups: Iterable, defaults: Mapping, *keys: str) -> None:
     """Adds those of the `keys` that a group lacks. `build` refuses what is no group."""
     for group in groups:
         if isinstance(group, dict):
-            group |= {key: defaults[key] for key in keys if key not in group}
+            group |= {key: copy.deepcopy(defaults[key]) for key in keys if key not in group}
 
 
 def upgraded(values: Mapping) -> dict:

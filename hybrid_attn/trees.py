@@ -6,6 +6,7 @@ A field declares its valid values: `steps: int = within(1, 1000)`, `norm: str = 
 import ast
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -19,6 +20,7 @@ def check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_type_hints = functools.cache(typing.get_type_hints)
 PART = r"[^.\[\]=\s]+|\[-?\d+\]"  # of a key: a name, or the index of a list
 KEY = rf"({PART})(\.({PART})|\[-?\d+\])*"
 
@@ -198,7 +200,7 @@ def _hints(kind, names: Iterable[str]) -> dict:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Partial:
         return {key: _partial(hint) for key, hint in _hints(args[0], names).items()}
-    return dict.fromkeys(names, args[1]) if origin is Table else typing.get_type_hints(kind)
+    return dict.fromkeys(names, args[1]) if origin is Table else _type_hints(kind)
 
 
 def _partial(kind):
@@ -271,7 +273,7 @@ def _entry(target, value, path: str, root: tuple):
 
 def _build_dataclass(target, value, path: str, root: tuple):
     check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
-    hints = typing.get_type_hints(target)
+    hints = _type_hints(target)
     for key in value:
         if key not in hints:
             raise _unknown(key, target, list(hints), path, root)
@@ -318,7 +320,7 @@ def _elsewhere(key: str, target, values, path: str) -> Iterator[str]:
     target = _without_none(target)
     args = typing.get_args(target)
     if dataclasses.is_dataclass(target) and isinstance(values, Mapping):
-        hints = typing.get_type_hints(target)
+        hints = _type_hints(target)
         names = _names(target, list(hints))
         if key in names:
             yield f"{path}.{names[key]}"

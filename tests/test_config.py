@@ -1,5 +1,6 @@
 """A config says what does not fit, by its key, with the numbers and a cure."""
 
+import copy
 import math
 import re
 
@@ -9,10 +10,12 @@ from conftest import tiny
 from configs import base
 from hybrid_attn import config
 
+DEFAULTS = config.to_dict(config.build(base.get_config()))
+
 
 def error_of(change):
     """What `build` says to the defaults after `change`."""
-    values = config.to_dict(config.build(base.get_config()))
+    values = copy.deepcopy(DEFAULTS)
     change(values)
     with pytest.raises(ValueError) as caught:
         config.build(values)
@@ -96,7 +99,7 @@ def leaves(values, path=""):
             yield f"{path}{key}", value
 
 
-KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
+KEYS = dict(leaves(DEFAULTS))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
 OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule", "name"}
 OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens", "statistics_every", "mup_base_width", "mup_base_depth"}
@@ -131,7 +134,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
         None,
     ]
     for wrong in values:
-        changed = config.to_dict(config.build(base.get_config()))
+        changed = copy.deepcopy(DEFAULTS)
         put(path, wrong)(changed)
         try:
             config.build(changed)

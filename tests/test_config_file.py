@@ -1,5 +1,6 @@
 """The error of a config file has its line, and every key of a config is a flag of every program that has one."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from conftest import tool
-from test_config import KEYS, is_optional
+from test_config import DEFAULTS, KEYS, is_optional
 
 from configs import base
 from hybrid_attn import config, config_file, trees
@@ -21,7 +22,7 @@ GET_CONFIG = "from configs import base\n\n\ndef get_config():\n    c = base.get_
 
 
 def overridden(key, text):
-    values = config.to_dict(config.build(base.get_config()))
+    values = copy.deepcopy(DEFAULTS)
     trees.override(config.Config, values, "config", key, text)
     return config.build(values)
 
