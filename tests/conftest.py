@@ -81,6 +81,12 @@ def pytest_configure(config: pytest.Config):
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 
+def pytest_itemcollected(item: pytest.Item):
+    """What is exhaustive is slow."""
+    if item.get_closest_marker("exhaustive"):
+        item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once():
     """What one test has traced and compiled, another runs: most of the time here would go into making the same step again."""

@@ -23,6 +23,7 @@ def test_a_mesh_computes_the_loss_and_the_gradients_of_one_device():
     assert_close(results[1], results[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_computes_the_forward_pass(one_device):
     params, prompt = random_params(CONFIG.model), list(range(40, 61))
     (answer,) = Engine(params, CONFIG, EngineOptions(chunk=16), execution=BLOCKED).generate([prompt], 6)

@@ -73,7 +73,7 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 DAMAGES = ("{}", "[1]", "null", "7", "", '{"stage": ', DEEP, b"\xff\xfe{}", _with_one_digit_more, None)
 
 
-@pytest.mark.parametrize("item", ["checksums", *(pytest.param(x, marks=pytest.mark.slow) for x in ("config", "data"))])
+@pytest.mark.parametrize("item", ["checksums", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("config", "data"))])
 def test_every_damage_to_a_json_item_is_noticed_and_the_previous_checkpoint_is_restored(tmp_path, item):
     write(tmp_path, 5, 6)
     path = tmp_path / "6" / item / "metadata"

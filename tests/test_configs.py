@@ -183,9 +183,10 @@ def shrunk(name, texts):
 
 def marks_of(name):
     """Configs whose layers or numbers alone differ from those of another are left to `make test-exhaustive`."""
-    is_alike = "paper/" in name or "recall.py:" in name or (name.endswith(":small") and "moe" not in name)
-    is_left = is_alike and name not in ("configs/paper/rnope_swa.py:8b", "configs/recall.py:rnope_swa")
-    return [pytest.mark.slow] + [pytest.mark.exhaustive] * is_left  # each compiles a step
+    is_alike = name.endswith((":small", "rope_8k.py:8b", "command_a.py:full", "dense.py:2b,tables", "mixture.py:tiny,linear"))
+    is_alike |= "paper/" in name or "recall.py:" in name or "models/" in name
+    is_left = is_alike and name not in ("configs/recall.py:rnope_swa", "configs/models/tiny_aya.py")
+    return pytest.mark.exhaustive if is_left else pytest.mark.slow  # each compiles a step
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=marks_of(x)) for x in SHIPPED if not x.endswith(BETWEEN)])

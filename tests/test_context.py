@@ -79,8 +79,11 @@ def assert_as_on_one_device(
     assert_close(results, on_one_device(window, chunk, softcap, sinks), tolerance)
 
 
-@pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("window", WINDOWS)
+# In reading order: two windows of the five.
+HALOS = [(window, True) for window in WINDOWS] + [("smaller", False), ("all", False)]
+
+
+@pytest.mark.parametrize("window, zigzag", HALOS)
 def test_a_window_with_a_halo_equals_one_device(window, zigzag):
     assert_as_on_one_device("halo", zigzag, window=WINDOWS[window], sinks=window == "smaller")
 
@@ -96,7 +99,7 @@ def test_a_window_with_every_scheme_equals_one_device(scheme):
     assert_as_on_one_device(scheme, True, window=SHARD + 3)
 
 
-@pytest.mark.parametrize("scheme", context.SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param(x, marks=[pytest.mark.slow] * (x == "ring")) for x in context.SCHEMES])
 def test_chunks_of_a_document_stay_apart(scheme):
     assert_as_on_one_device(scheme, True, chunk=11)
 
@@ -117,8 +120,10 @@ def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_c
 SHARDS = ({"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8})
 SHARDED = [(scheme, sizes) for scheme in ("halo", "gather", "ring") for sizes in SHARDS]
 # A ring of eight is in tests/test_meshes.py too, and gathering is simpler than a halo and a ring.
-SLOW = [("ring", SHARDS[0]), ("ring", SHARDS[2]), ("gather", SHARDS[0]), ("gather", SHARDS[1])]
-SHARDED = [pytest.param(*x, marks=pytest.mark.slow) if x in SLOW else x for x in SHARDED]
+MARKS = [("ring", SHARDS[0]), ("halo", SHARDS[0]), ("gather", SHARDS[2])], [("ring", SHARDS[2]), ("halo", SHARDS[2])]
+MARKS = dict(zip(("slow", "exhaustive"), MARKS, strict=True))
+MARKS["exhaustive"] += [("gather", SHARDS[0]), ("gather", SHARDS[1])]
+SHARDED = [pytest.param(*x, marks=[getattr(pytest.mark, name) for name in MARKS if x in MARKS[name]]) for x in SHARDED]
 
 
 @pytest.mark.parametrize("scheme, sizes", [*SHARDED, ("ulysses", SHARDS[1])], ids=str)  # Ulysses: not more shards than heads
@@ -126,7 +131,8 @@ def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes)
     assert_as_on_one_device(scheme, True, sizes, window=37 if scheme == "halo" else None)
 
 
-@pytest.mark.parametrize("scheme", ["halo", pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["halo", "ring"])
 def test_slices_meet_the_condition_of_splash(scheme, monkeypatch):
     monkeypatch.setattr(tpu, "INTERPRET", True)
     window = SHARD if scheme == "halo" else None

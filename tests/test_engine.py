@@ -150,10 +150,11 @@ COMPRESSIONS = {
 }
 
 
-FAST = "snapkv", "streaming"
+# tests/test_compress.py has the slots that each of them keeps.
+MARKS = dict.fromkeys(("adakv", "streaming"), pytest.mark.slow) | dict.fromkeys(("pyramid", "random"), pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("method", [*FAST, *(pytest.param(x, marks=pytest.mark.slow) for x in COMPRESSIONS if x not in FAST)])
+@pytest.mark.parametrize("method", [pytest.param(x, marks=MARKS.get(x, ())) for x in COMPRESSIONS])
 def test_compression_changes_long_prompts_alone(engine, method):
     question, options = [[7, 8]] * len(PROMPTS), GenerateOptions(compression=COMPRESSIONS[method])
     prompts = [*PROMPTS[:6], PROMPTS[6] * 3]
@@ -183,7 +184,8 @@ def test_a_compressed_prompt_is_attended_to_as_its_kept_tokens(engine):
     )
 
 
-@pytest.mark.parametrize("heads", [(4, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(4, 1), pytest.param((4, 4), marks=pytest.mark.exhaustive)], ids=str)
 def test_one_prompt_is_compressed_whatever_its_heads(heads):
     c = config_of(**{"model.num_heads": heads[0], "model.num_kv_heads": heads[1]})
 
@@ -257,7 +259,9 @@ def of_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"context": 4}, marks=pytest.mark.exhaustive), {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
+)
 def test_a_mesh_answers_and_scores_like_one_device(sizes, of_one_device):
     answers, scores = answers_and_scores(**sizes)
     assert answers == of_one_device[0]

@@ -208,6 +208,7 @@ def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir
         assert (tmp_path / "run/evals/4" / name).read_bytes() == (workdir / "evals/4" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_not_finite_does_not_end_the_run(corpus, workdir, tmp_path, monkeypatch, capsys):
     def measure(*_):
         raise FloatingPointError("position-text-16: the loss is nan")

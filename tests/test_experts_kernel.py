@@ -13,7 +13,7 @@ import test_expert_parallel
 from absl import flags
 from conftest import BLOCKED, assert_close, random_params, tiny
 from flax import nnx
-from test_moe import CASES, ZIGZAG, check_dense_loop, inputs, layer_of, results_on, with_experts
+from test_moe import ALL_CASES, ZIGZAG, check_dense_loop, inputs, layer_of, results_on, with_experts
 
 from hybrid_attn import kernels
 from hybrid_attn.infer.engine import Engine, EngineOptions
@@ -40,7 +40,7 @@ def replaced(monkeypatch):
     monkeypatch.setattr(experts, "DTYPES", ("float32",))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, one_device, replaced):
     check_dense_loop(case, "tokamax")
 
@@ -49,7 +49,7 @@ def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, 
 @pytest.mark.parametrize(
     "sizes, model",
     [
-        ({"fsdp": 2, "context": 2, "tensor": 2}, with_experts().model),
+        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, with_experts().model, marks=pytest.mark.exhaustive),
         ({"expert": 4, "tensor": 2}, test_expert_parallel.with_experts().model),
     ],
     ids=("every axis but expert", "expert"),
@@ -59,6 +59,7 @@ def test_a_model_computes_on_every_mesh_what_blocks_compute_on_one_device(sizes,
     assert_close(results_on(sizes, model, ZIGZAG._replace(moe_kernel="tokamax")), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_computes_what_blocks_compute(one_device, replaced):
     c, prompts = with_experts(), [[5, 6, 7], list(range(40, 61))]
     engines = (Engine(random_params(c.model), c, EngineOptions(chunk=16), execution=x) for x in (BLOCKED, BY_TOKAMAX))

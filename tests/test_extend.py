@@ -37,11 +37,12 @@ MODELS = {
 }
 
 # What "everything" and "first layers" hold in part.
-SLOW = {"window and full causal", "tail", "caps", "rotated"}
+SLOW = {"sinks", "tail", "caps", "exaone4", "gemma3_text", "llama_llama3", "smollm3_window", "afmoe"}
+EXHAUSTIVE = {"window and full causal", "rotated", "cohere", "olmo3"}
 
 
-def marks_of(is_slow):
-    return [pytest.mark.slow] if is_slow else []
+def marks_of(name):
+    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.exhaustive] * (name in EXHAUSTIVE)
 
 
 def put(x, spec):
@@ -97,7 +98,7 @@ def sequences_of(*lengths, vocab_size=384):
 @pytest.mark.parametrize(
     "name, chunks, execution",
     [
-        *(pytest.param(name, [4] * 8 + [1] * 4, REFERENCE, id=name, marks=marks_of(name in SLOW)) for name in MODELS),
+        *(pytest.param(name, [4] * 8 + [1] * 4, REFERENCE, id=name, marks=marks_of(name)) for name in MODELS),
         pytest.param("everything", [16] * 2 + [4], BLOCKED, id="everything, kernel by blocks"),
     ],
 )
@@ -127,7 +128,7 @@ def test_a_cached_forward_pass_in_bfloat16_keeps_float32_leaves(one_device):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=marks_of(name not in ("afmoe", "cohere2", "gemma3_text")))
+        pytest.param(name, marks=marks_of(name))
         for name in ("afmoe", "cohere", "cohere2", "exaone4", "gemma3_text", "llama_llama3", "olmo3", "smollm3_window")
     ],
 )
@@ -149,7 +150,7 @@ def test_sequences_of_every_family_in_chunks_give_what_the_forward_pass_gives(fa
     [
         ("everything", {"context": 4}),
         pytest.param("everything", {"context": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow),
-        ("chunks", {"data": 2, "context": 3}),
+        pytest.param("chunks", {"data": 2, "context": 3}, marks=pytest.mark.slow),
         ("convolutions", {"context": 4, "tensor": 2}),  # a shard has 3 tokens of a chunk, and a convolution 7
     ],
 )

@@ -71,6 +71,7 @@ def test_a_run_that_is_stopped_continues_with_its_extras_bit_for_bit(averaged, t
     assert_equal(trained(averaged, state, 2), straight)
 
 
+@pytest.mark.slow
 def test_a_loss_reads_the_extras_of_the_state(averaged, monkeypatch):
     def distance(params, average):
         return ((params["embed"] - average["embed"]) ** 2).sum()

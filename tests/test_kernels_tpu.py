@@ -42,7 +42,8 @@ def arrays(*names, dtype=jnp.float32, seed=0):
         (None, None, "float32"),
         (1, None, "float32"),
         (100, 1.5, "bfloat16"),
-        *(pytest.param(*x, "float32", marks=pytest.mark.slow) for x in ((100, 1.5), (400, None))),
+        pytest.param(100, 1.5, "float32", marks=pytest.mark.exhaustive),
+        pytest.param(400, None, "float32", marks=pytest.mark.slow),
     ],
 )
 def test_splash_equals_reference_in_values_and_gradients(window, softcap, dtype):
@@ -63,7 +64,7 @@ def test_sinks_have_the_gradients_of_the_reference():
     assert_same(got, expected, 1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 100])
 def test_queries_may_be_any_run_of_the_sequence(window):
     """A slice of the gathered keys, a slice that begins before them, and one after all of them: a shard, a halo, a ring."""
     q, k, v, pos, seg = arrays("one document", "packed", "padding between")
@@ -90,7 +91,7 @@ def test_sequences_that_break_the_condition_give_nan():
         assert np.all(np.isnan(o)) and np.all(np.isnan(lse))
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 100])
 def test_a_document_reads_no_bit_of_another(window):
     q, k, v, pos, seg = arrays("packed", "padding between")
     other_q, other_k, other_v, *_ = arrays("packed", "padding between", seed=1)

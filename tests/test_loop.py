@@ -39,7 +39,7 @@ def straight(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_resumed_run_has_the_losses_of_a_straight_one_bit_for_bit(corpus, straight, tmp_path, monkeypatch, capsys, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -63,6 +63,7 @@ def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straigh
     assert losses(tmp_path) == losses(straight)
 
 
+@pytest.mark.slow
 def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, monkeypatch, capsys):
     sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
     stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]

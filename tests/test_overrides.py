@@ -144,7 +144,8 @@ def test_two_processes_change_the_mesh_at_the_edge_and_resume_there_as_one_proce
     assert losses(tmp_path / "meshes") == pytest.approx(losses(straight[0]), rel=1e-6)
 
 
-@pytest.mark.parametrize("step", [EDGE, *(pytest.param(step, marks=pytest.mark.slow) for step in (EDGE - 1, EDGE + 1))])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [EDGE, EDGE + 1, pytest.param(EDGE - 1, marks=pytest.mark.exhaustive)])
 def test_a_run_that_stops_around_the_edge_has_the_losses_of_one_that_does_not(straight, tmp_path, monkeypatch, step):
     workdir, c = straight
     with monkeypatch.context() as patch:

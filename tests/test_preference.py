@@ -115,9 +115,7 @@ def measured(c, sizes):
         return jax.device_get(make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["dpo", "hinge", *(pytest.param(x, marks=pytest.mark.slow) for x in FORMS if x not in ("dpo", "hinge"))]
-)
+@pytest.mark.parametrize("name", ["dpo", *(pytest.param(x, marks=pytest.mark.slow) for x in FORMS if x != "dpo")])
 def test_a_batch_has_the_mean_over_its_pairs_of_the_formula(name, nll):
     c = config_of(name)
     x, model, reference = c.at(0).preference, *(completions(x, name in ("hinge", "trl_ipo", "trl_hinge")) for x in nll)
@@ -131,9 +129,10 @@ def test_a_batch_has_the_mean_over_its_pairs_of_the_formula(name, nll):
     assert metrics["rejected_log_prob"] == pytest.approx(np.mean([rejected for _, rejected in model]), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, microbatches",
-    [({"data": 2, "context": 2, "tensor": 2}, 1), pytest.param({"fsdp": 2, "context": 4}, 2, marks=pytest.mark.slow)],
+    [pytest.param({"data": 2, "context": 2, "tensor": 2}, 1, marks=pytest.mark.exhaustive), ({"fsdp": 2, "context": 4}, 2)],
     ids=str,
 )
 def test_a_mesh_and_microbatches_compute_what_one_device_does(sizes, microbatches):

@@ -52,7 +52,12 @@ def test_rows_small_matrices_and_other_dtypes_are_multiplied_at_once(one_device)
 
 
 @pytest.mark.parametrize(
-    "mesh", [{}, {"tensor": 2}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"fsdp": 2}, {"context": 2}))]
+    "mesh",
+    [
+        {},
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ({"fsdp": 2}, {"context": 2})),
+    ],
 )
 def test_decoding_with_large_matrices_gives_the_scores_of_the_forward_pass(mesh, monkeypatch):
     monkeypatch.setattr(products, "MIN_SIZE", 1)

@@ -76,8 +76,7 @@ def test_the_gradient_of_a_bias_is_experts_times_the_load_above_the_mean_and_the
 @pytest.mark.parametrize(
     "optimiser, sizes",
     [
-        *(pytest.param(name, {}, marks=pytest.mark.exhaustive) for name in ("lion", "adafactor", "muon")),
-        ("adamw", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.exhaustive) for name in ("lion", "adafactor", "muon", "adamw")),
         ("muon", {"fsdp": 2, "context": 2, "tensor": 2}),
     ],
     ids=str,
@@ -112,6 +111,7 @@ def test_a_stage_that_does_not_train_a_bias_and_a_step_without_an_update_leave_i
     assert_close(biases(jax.device_get(skip_step(state).params)), biases(before), 0)
 
 
+@pytest.mark.slow
 def test_biases_balance_a_router_that_prefers_one_expert(one_device):
     c = config_of({"optim.lr": 1e-6}, bias_rate=0.03, balance_loss=0.0)
     params = random_params(c.model)

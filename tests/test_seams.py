@@ -66,7 +66,7 @@ def toys(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "first half", objective)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_a_toy_of_each_kind_is_trained(toys, microbatches):
     stage = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": microbatches, "mixture": {}, "objective": "first half"}
     c = tiny(
@@ -176,6 +176,7 @@ def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_h
     assert_close(got["up"], np.einsum("pdr,pdf->prf", down, expected), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_run_train_the_leaves_that_a_transform_reads(with_low_rank):
     c, adapted, _ = with_low_rank
     with jax.set_mesh(mesh_of()):
@@ -219,6 +220,7 @@ def dequantised(leaves):
     return jax.tree.map(lambda x: x["q"] * x["s"] if is_quantised(x) else x, leaves, is_leaf=is_quantised)
 
 
+@pytest.mark.slow
 def test_int8_weights_that_a_transform_dequantises_stay_int8_in_decoding(with_low_rank):
     c, _, params = with_low_rank
     quantised, up = jax.tree.map(lambda x: x, params), params["periods"]["G1"]["mlp"]["up"]

@@ -36,7 +36,8 @@ def test_over_tokens_it_is_the_loss_of_next_tokens():
     "sizes, microbatches",
     [
         ({}, 1),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in (({"data": 2, "context": 2, "tensor": 2}, 2), ({"context": 8}, 4))),
+        pytest.param({"data": 2, "context": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
+        pytest.param({"context": 8}, 4, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )

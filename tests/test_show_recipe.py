@@ -77,6 +77,7 @@ def test_time_is_the_flops_over_the_share_of_the_peak_of_all_chips(program):
         assert program.time_of([span], program.Chips("cpu", 4, "cpu", float("nan"), None)) == "unknown"
 
 
+@pytest.mark.slow
 def test_the_memory_has_the_shards_of_the_state_and_grows_with_the_batch_of_a_device(program):
     def estimate(batch, **sizes):
         c = tiny({"stages": [{"steps": 1, "seq_len": 48, "batch": batch, "microbatches": 1, "mixture": {}}]})

@@ -40,10 +40,8 @@ def whole():
     "sizes, microbatches",
     [
         ({}, 8),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in (({"data": 2, "fsdp": 2}, 2), ({"slices": 2, "context": 2, "tensor": 2}, 4))
-        ),
+        pytest.param({"data": 2, "fsdp": 2}, 2, marks=pytest.mark.exhaustive),
+        pytest.param({"slices": 2, "context": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )

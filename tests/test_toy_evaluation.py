@@ -76,6 +76,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "text").mkdir()

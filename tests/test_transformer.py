@@ -335,8 +335,9 @@ def training_configs():
             has_argument = "size" in inspect.signature(get_config).parameters or path.stem in OTHERS
             for size, devices in OTHERS.get(path.stem, DEVICES if has_argument else {"small": 1}).items():
                 getter = functools.partial(get_config, size) if has_argument else get_config
-                # Sizes differ in numbers alone, and the slow tests train every config.
-                marks = [] if size == "8b" else [pytest.mark.slow]
+                # Sizes differ in numbers alone, and the slow tests train most configs.
+                others = pytest.mark.exhaustive if size in ("small", "150m", "1b") and has_argument else pytest.mark.slow
+                marks = () if size == "8b" else others
                 yield pytest.param(getter, devices, id=f"{path.stem}:{size}", marks=marks)
 
 
