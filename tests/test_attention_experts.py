@@ -142,7 +142,8 @@ def test_every_mesh_computes_the_loss_and_the_gradients_of_one_device(sizes, sch
     assert_close(got, on_one_device, 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{}, pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"context": 2, "tensor": 2}], ids=str)
 def test_prefill_and_decoding_compute_the_forward_pass(sizes):
     c = tiny(L=LOCAL | EXPERTS, G=GLOBAL | EXPERTS)
     prompts, score = [[5, 6, 7], list(range(40, 61))], jax.jit(losses, static_argnums=(0, 3))

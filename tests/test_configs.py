@@ -100,6 +100,17 @@ SHIPPED = [
 BETWEEN = ":150m", ":1b"  # sizes whose shrunken forms differ from those of small and 8b in rates and query heads alone
 
 
+def is_alike(name):
+    """Whether a config differs from another one in layers or numbers alone: it is left to `make test-exhaustive`."""
+    if "paper/" in name or "recall.py:" in name or "models/" in name:
+        return name not in ("configs/models/tiny_aya.py", "configs/recall.py:rnope_swa")
+    ends = "base.py", "rope_8k.py:8b", "command_a.py:full", "tiny,linear", "tiny,nexus_extended", "2b,tables"
+    return name.endswith((":small", *BETWEEN, *ends))
+
+
+ALL = [pytest.param(x, marks=pytest.mark.exhaustive if is_alike(x) else pytest.mark.slow) for x in SHIPPED]
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Forty documents, and tokenizers of them of 300, 32,768 and 131,072 ids: most stand for nothing."""
@@ -125,38 +136,50 @@ def shipped(name, texts, **overrides):
     return values
 
 
-@pytest.mark.slow
-def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and_says_how_to_get_one(
-    texts, tmp_path, monkeypatch
-):
+read_once = functools.cache(load_tokenizer)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Has a run end where it makes its parameters, by an error of this type."""
+
     class Started(Exception):
         pass
 
     def start(*_):
         raise Started
 
-    monkeypatch.setattr(loop, "first_state", start)  # which makes the parameters
-    monkeypatch.setattr(loop, "load_tokenizer", functools.cache(load_tokenizer))
+    monkeypatch.setattr(loop, "first_state", start)
+    monkeypatch.setattr(loop, "load_tokenizer", read_once)
+    return Started
+
+
+def test_all_configs_are_tested():
     assert len(SHIPPED) == 57
-    for name in SHIPPED:
-        ids = shipped(name, texts)["model"]["vocab_size"]
-        overrides = {"mesh.tensor": 1}
-        for i in range(len(shipped(name, texts)["stages"])):
-            overrides |= {f"stages[{i}].batch": 8, f"stages[{i}].microbatches": 1, f"stages[{i}].override.mesh": "{}"}
-        if ids > 384:
-            with pytest.raises(
-                ValueError, match=f"train_tokenizer.py --vocab_size={ids} and name it with --config.data.tokenizer="
-            ):
-                loop.train(config.build(shipped(name, texts, **overrides)), tmp_path)
-            overrides |= {"data.tokenizer": texts / ("32768.json" if ids == 65_536 else "131072.json")}
-        c = config.build(shipped(name, texts, **overrides))
-        with pytest.raises(Started):
-            loop.train(c, tmp_path)
-        tokenizer = load_tokenizer(c.data.tokenizer)
-        training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
-        rows = pipeline.stage_sequences(c, training, tokenizer)
-        lines = description(c, execution_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
-        assert lines[0].startswith("parameters   ") and len(lines) >= 10
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and_says_how_to_get_one(
+    name, texts, tmp_path, started
+):
+    ids = shipped(name, texts)["model"]["vocab_size"]
+    overrides = {"mesh.tensor": 1}
+    for i in range(len(shipped(name, texts)["stages"])):
+        overrides |= {f"stages[{i}].batch": 8, f"stages[{i}].microbatches": 1, f"stages[{i}].override.mesh": "{}"}
+    if ids > 384:
+        with pytest.raises(
+            ValueError, match=f"train_tokenizer.py --vocab_size={ids} and name it with --config.data.tokenizer="
+        ):
+            loop.train(config.build(shipped(name, texts, **overrides)), tmp_path)
+        overrides |= {"data.tokenizer": texts / ("32768.json" if ids == 65_536 else "131072.json")}
+    c = config.build(shipped(name, texts, **overrides))
+    with pytest.raises(started):
+        loop.train(c, tmp_path)
+    tokenizer = read_once(c.data.tokenizer)
+    training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
+    rows = pipeline.stage_sequences(c, training, tokenizer)
+    lines = description(c, execution_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
+    assert lines[0].startswith("parameters   ") and len(lines) >= 10
 
 
 def shrunk(name, texts):
@@ -181,15 +204,7 @@ def shrunk(name, texts):
     return values
 
 
-def marks_of(name):
-    """Configs whose layers or numbers alone differ from those of another are left to `make test-exhaustive`."""
-    is_alike = name.endswith((":small", "rope_8k.py:8b", "command_a.py:full", "dense.py:2b,tables", "mixture.py:tiny,linear"))
-    is_alike |= "paper/" in name or "recall.py:" in name or "models/" in name
-    is_left = is_alike and name not in ("configs/recall.py:rnope_swa", "configs/models/tiny_aya.py")
-    return pytest.mark.exhaustive if is_left else pytest.mark.slow  # each compiles a step
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=marks_of(x)) for x in SHIPPED if not x.endswith(BETWEEN)])
+@pytest.mark.parametrize("name", [x for x in ALL if not x.values[0].endswith(BETWEEN)])  # each compiles a step
 def test_shrunken_forms_of_the_shipped_configs_train(name, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
     c = config.build(shrunk(name, texts))

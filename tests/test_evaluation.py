@@ -108,6 +108,7 @@ def workdir(corpus, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_with_what_is_not_done(workdir):
     assert names(workdir / "evals") == ["2", "4", "samples"]
     for step in (2, 4):
@@ -122,6 +123,7 @@ def test_a_stopped_evaluation_goes_on_with_what_is_not_done(workdir):
         assert (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
     pytest.importorskip("matplotlib")
     values = [(event.step, value) for event in tensorboard_events(workdir) for value in event.summary.value]
@@ -143,6 +145,7 @@ def unreported(workdir, folder):
     (folder / "evals/4/report.html").unlink()
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_run_that_a_report_would_read_with_a_bigram_model_beside_it(corpus, workdir, tmp_path, monkeypatch):
     sections = pytest.importorskip("hybrid_attn.evals.report.sections")
     unreported(workdir, tmp_path / "run")
@@ -156,6 +159,7 @@ def test_pictures_are_of_the_run_that_a_report_would_read_with_a_bigram_model_be
     assert drawn[0].provenance["settings"]["lengths"] == [LENGTH]
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, monkeypatch, capsys):
     pictures = pytest.importorskip("hybrid_attn.evals.report.pictures")
     unreported(workdir, tmp_path / "run")
@@ -195,7 +199,13 @@ def longer(corpus, workdir, folder, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes, units", [({}, UNITS), ({"evals.names": ()}, [])], ids=["as_before", "unmeasured"])
+@pytest.mark.parametrize(
+    "changes, units",
+    [
+        pytest.param({}, UNITS, id="as_before"),
+        pytest.param({"evals.names": ()}, [], id="unmeasured", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir, tmp_path, monkeypatch, changes, units):
     c = longer(corpus, workdir, tmp_path / "run", **changes)
     (tmp_path / "run/evals/9/units").mkdir(parents=True)
@@ -222,6 +232,7 @@ def test_an_evaluation_that_is_not_finite_does_not_end_the_run(corpus, workdir, 
     assert (tmp_path / "run/checkpoints/6").is_dir()
 
 
+@pytest.mark.slow
 def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_left_out(corpus, workdir, monkeypatch, capsys):
     (workdir / "evals/9/units").mkdir(parents=True)
     units = measured(monkeypatch)
@@ -262,6 +273,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(corpus, tmp_pa
     assert checkpoint.steps(tmp_path / "checkpoints") == [] and not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_path):
     c = longer(corpus, workdir, tmp_path / "run", **{"evals.lengths": (1.0,)})
     for name in ("metrics.jsonl", "evals.jsonl"):

@@ -18,11 +18,11 @@ from hybrid_attn.train.step import abstract_state, init_state, make_step
 
 LOCAL = {"type": "moe", "d_ff": 24, "experts": 16, "top_k": 3, "router": "sigmoid", "shared_experts": 1, "bias_rate": 0.01}
 MESHES = [
-    {"fsdp": 2, "expert": 2, "context": 2},
+    pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.slow),
     pytest.param({"expert": 8}, marks=pytest.mark.exhaustive),
     pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.exhaustive),
     pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
-    pytest.param({"slices": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+    pytest.param({"slices": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.exhaustive),
 ]
 STAGE = {"steps": 9, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
 D = 32

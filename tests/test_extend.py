@@ -37,8 +37,8 @@ MODELS = {
 }
 
 # What "everything" and "first layers" hold in part.
-SLOW = {"sinks", "tail", "caps", "exaone4", "gemma3_text", "llama_llama3", "smollm3_window", "afmoe"}
-EXHAUSTIVE = {"window and full causal", "rotated", "cohere", "olmo3"}
+SLOW = {"first layers", "sinks", "tail", "caps", "exaone4", "gemma3_text", "afmoe"}
+EXHAUSTIVE = {"window and full causal", "rotated", "cohere", "llama_llama3", "olmo3", "smollm3_window"}
 
 
 def marks_of(name):

@@ -86,7 +86,14 @@ def check_merged_gradients(kernel, softcap=None):
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("kernel", [name for name in HERE if kernels.KERNELS[name].backward])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "reference"))
+        for name in HERE
+        if kernels.KERNELS[name].backward
+    ],
+)
 def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all_keys(kernel, softcap):
     check_merged_gradients(kernel, softcap)
 

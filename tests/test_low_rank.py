@@ -70,6 +70,7 @@ def token_losses(model: config.Model, params: dict, batch: dict) -> jax.Array:
     return losses(model, params, batch, REFERENCE)[0]
 
 
+@pytest.mark.slow
 def test_at_full_rank_the_spectral_model_is_the_dense_one(one_device):
     layers = {"model.prefix": "G", "model.pattern": "L"}
     c = config_of(layers | {"model.low_rank.rank_fraction": 1.0, "model.low_rank.init": "spectral"})

@@ -176,7 +176,7 @@ def on_one_device():
     [
         pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "fsdp": 2, "context": 2}, marks=pytest.mark.exhaustive),
-        pytest.param({"slices": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"slices": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -197,6 +197,7 @@ def test_another_product_is_used_with_the_matrices_of_experts(one_device, on_one
     assert {(D, 7), (D, 24), (24, D), (D, 48), (48, D), (D, 6)} <= shapes
 
 
+@pytest.mark.slow
 def test_padding_is_routed_nowhere_and_changes_nothing(one_device, on_one_device):
     c = with_experts()
     tokens = np.where(BATCH["segments"] == 0, (BATCH["tokens"] + 77) % 384, BATCH["tokens"])
@@ -276,6 +277,7 @@ def test_losses_of_the_router_are_their_closed_forms(one_device):
         assert moe.balance_loss(share_E, share_E) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_decoding_computes_the_forward_pass(one_device):
     c = with_experts()
     params, prompts = random_params(c.model), [[5, 6, 7], list(range(40, 61))]

@@ -99,6 +99,7 @@ def test_two_updates_are_those_of_optax_with_the_root_mean_square_of_moonlight(o
             np.testing.assert_allclose(actual[name], scale * expected[name], atol=5e-6)
 
 
+@pytest.mark.slow
 def test_matrices_take_muon_and_the_other_parameters_adam(one_device):
     """At the first step AdamW moves by the rate in every element, and Muon by about 0.2 of it in the mean."""
     c = tiny(ONE_LAYER | {"optim.optimiser": "muon", "optim.weight_decay": 0.0, "optim.lr": 0.01, "optim.warmup_steps": 0})

@@ -124,6 +124,7 @@ def straight(corpus, tmp_path_factory):
     return workdir, c
 
 
+@pytest.mark.slow
 def test_a_mesh_that_changes_at_the_edge_changes_no_result(corpus, straight, tmp_path):
     workdir, c = straight
     window_alone = dataclasses.replace(c.stages[1], override=config.Partial({"model": c.stages[1].override["model"]}))
@@ -155,6 +156,7 @@ def test_a_run_that_stops_around_the_edge_has_the_losses_of_one_that_does_not(st
     assert losses(tmp_path) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_with_the_model_of_its_stage(straight):
     workdir, c = straight
     with jax.set_mesh(mesh_of()):
@@ -164,6 +166,7 @@ def test_a_checkpoint_is_read_with_the_model_of_its_stage(straight):
     assert json.loads((workdir / "config.json").read_text())["model"]["kinds"]["L"]["window"] == 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_measures_the_model_of_the_stage_that_trained_it(corpus, straight, tmp_path):
     _, c = straight
     meshes = [mesh_of(fsdp=2, data=4), mesh_of(fsdp=2, context=2, tensor=2)]

@@ -63,7 +63,7 @@ def measured(model, sizes, spec):
         return preferences.record_of(EvalModel(model, random_params(model), execution, mesh_of(**sizes), BYTES), spec)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("entries", [100, 16_384])
 def test_pairs_are_measured_as_a_loop_over_their_completions_does(sizes, entries, monkeypatch):
     monkeypatch.setattr(loss, "ENTRIES", entries)  # parts of the vocabulary, which do not divide it

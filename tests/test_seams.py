@@ -279,7 +279,7 @@ def with_rounded_weights():
         return model, params, rounded_params, jax.device_get(loss_and_grads(model, REFERENCE, rounded_params, on_mesh(BATCH)))
 
 
-@pytest.mark.parametrize("mlp_chunk", [None, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mlp_chunk", [None, pytest.param(7, marks=pytest.mark.exhaustive)])
 def test_another_product_is_used_with_every_weight_in_training(mlp_chunk, with_rounded_weights):
     model, params, _, expected = with_rounded_weights
     execution = REFERENCE._replace(dot=dot_of(shapes := set()), mlp_chunk=mlp_chunk)

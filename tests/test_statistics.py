@@ -109,6 +109,7 @@ def forward():
     return [measured(sizes) for sizes in MESHES]
 
 
+@pytest.mark.slow
 def test_a_mesh_that_splits_sequences_heads_and_the_batch_measures_what_one_device_does(forward):
     one, eight = forward
     assert {name for name in one} == {f"{name}/{letter}" for name in BY_LAYER_TYPE[:5] for letter in "LG"}

@@ -39,7 +39,7 @@ def whole():
 @pytest.mark.parametrize(
     "sizes, microbatches",
     [
-        ({}, 8),
+        pytest.param({}, 8, marks=pytest.mark.slow),
         pytest.param({"data": 2, "fsdp": 2}, 2, marks=pytest.mark.exhaustive),
         pytest.param({"slices": 2, "context": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
     ],

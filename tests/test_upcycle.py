@@ -225,7 +225,7 @@ def test_a_linear_router_is_all_that_differs_from_a_mixture_of_nexus(nexus_of_tw
     assert_layers(params.keys() - set(ROUTERS), params, was.get)
 
 
-@pytest.mark.parametrize("method", ["nexus", "btx"])
+@pytest.mark.parametrize("method", ["nexus", pytest.param("btx", marks=pytest.mark.slow)])
 def test_an_expert_added_to_a_linear_router_is_a_new_column(method, dense, params, linear, tmp_path, one_device):
     was = jax.device_get(flatten_dict(loading.load(linear[method]).params, sep="/"))
     arguments = f"--method={method}", f"--dense={linear[method]}", f"--add_expert={dense}/7", "--seed=4"
