@@ -23,11 +23,11 @@ train: .venv/.train $(EXTRA:%=.venv/.%)
 test: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
-# Several processes that train as one, runs that are broken on purpose, the benches, and what else takes long.
+# Several processes that train as one, runs that are broken on purpose, the benches, most meshes, and what else takes long.
 test-slow: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'slow and not exhaustive' $(ARGS)
 
-# A quarter of an hour: the slowest tests, and further cases of the others.
+# Half an hour: the slowest tests, and further cases of the others.
 test-exhaustive: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m exhaustive $(ARGS)
 
@@ -49,9 +49,9 @@ test-gpu: .venv/.test .venv/.gpu
 test-tpu: .venv/.test .venv/.tpu
 	TEST_PLATFORM=tpu $(VENV_PYTHON) -m pytest tests/test_device.py $(ARGS)
 
-# Against the library that defines the families of docs/families.md, which brings PyTorch.
+# Against the library that defines the families of docs/families.md, which brings PyTorch. Its models are small: one thread each.
 test-oracle: .venv/.test .venv/.oracle
-	$(VENV_PYTHON) -m pytest tests/oracle $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(PARALLEL) --dist=worksteal tests/oracle $(ARGS)
 
 # Tasks of lm-evaluation-harness, whose library `make test` does without.
 test-harness: .venv/.test .venv/.harness
