@@ -1,6 +1,7 @@
 """Who imports whom: read from the source of every module, without running it."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
 ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Full names of the modules, and of the names from them, that a file imports anywhere in it."""
     package, names = path.relative_to(ROOT).parent.parts, set()
