@@ -1,54 +1,15 @@
 """Draws docs/architecture.svg: python docs/architecture.py
 
-The picture shows a stack of layers of the pattern LLLG, one parallel block, and which keys a query of each layer type sees. It
-has a background of its own and two palettes, of which the reader's colour scheme chooses one, so that it reads on light and
-on dark pages. It needs nothing beyond Python, and the same code draws the same bytes.
+The picture shows a stack of layers of the pattern LLLG, one parallel block, and which keys a query of each layer type sees.
+It needs nothing beyond Python.
 """
 
 from pathlib import Path
-from xml.sax.saxutils import escape
+
+from drawing import arrow, box, picture, square, text
 
 WIDTH, HEIGHT = 960, 500
-PALETTES = {
-    "light": {
-        "page": "#ffffff", "ink": "#1f2328", "faint": "#59636e", "line": "#8c959f", "cell": "#eaeef2",
-        "local": "#0969da", "global": "#bc4c00", "plain": "#f6f8fa", "localfill": "#ddf4ff", "globalfill": "#fff1e5",
-    },
-    "dark": {
-        "page": "#161b22", "ink": "#f0f6fc", "faint": "#b1bac4", "line": "#7d8590", "cell": "#2d333b",
-        "local": "#58a6ff", "global": "#f0883e", "plain": "#21262d", "localfill": "#12325c", "globalfill": "#4d2a10",
-    },
-}  # fmt: skip
 TOKENS, WINDOW, CELL = 12, 4, 13  # of the two pictures of a mask: tokens, keys of the window, pixels of a cell
-
-
-def palette(name: str) -> str:
-    return "svg { " + " ".join(f"--{key}: {color};" for key, color in PALETTES[name].items()) + " }"
-
-
-def style() -> str:
-    fills = "".join(f".{key} {{ fill: var(--{key}); }}\n" for key in PALETTES["light"])
-    return (
-        f"<style>\n{palette('light')}\n@media (prefers-color-scheme: dark) {{ {palette('dark')} }}\n{fills}"
-        "text { font-family: system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; font-size: 14px; }\n"
-        ".small { font-size: 12.5px; }\n.title { font-size: 16px; font-weight: 600; }\n"
-        ".line { stroke: var(--line); stroke-width: 1.5; fill: none; }\n"
-        ".box { stroke: var(--line); stroke-width: 1.2; }\n</style>"
-    )
-
-
-def text(x: float, y: float, label: str, classes: str = "ink", anchor: str = "middle") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{classes}" text-anchor="{anchor}">{escape(label)}</text>'
-
-
-def box(x: float, y: float, width: float, height: float, label: str, fill: str = "plain") -> str:
-    shape = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" class="box {fill}"/>'
-    return shape + text(x + width / 2, y + height / 2 + 5, label)
-
-
-def arrow(*points: tuple[float, float]) -> str:
-    path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
-    return f'<path d="{path}" class="line" marker-end="url(#head)"/>'
 
 
 def stack(x: float) -> list[str]:
@@ -89,8 +50,7 @@ def mask(x: float, y: float, window: int, keys: str) -> list[str]:
     for query in range(TOKENS):
         for key in range(TOKENS):
             fill = keys if query - window < key <= query else "cell"
-            at = f'x="{x + CELL * key:g}" y="{y + CELL * query:g}"'
-            parts.append(f'<rect {at} width="{CELL - 1.5:g}" height="{CELL - 1.5:g}" rx="2" class="{fill}"/>')
+            parts.append(square(x + CELL * key, y + CELL * query, CELL, fill))
     return parts
 
 
@@ -109,13 +69,8 @@ def draw() -> str:
     parts += layer_type(272, 612, "global", "G  global", everything, TOKENS)
     parts.append(text(612, 46, "Keys that a query sees", "ink title", "start"))
     parts.append(text(612, 472, "rows: queries; columns: keys", "faint small", "start"))
-    head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-    head += '<path d="M0 0.5 L8 4 L0 7.5 z" class="head"/></marker>'
-    title = "<title>A model of the pattern LLLG: three local layers to one global layer</title>"
-    frame = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" class="box page"/>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">'
-    styles = style().replace("</style>", ".head { fill: var(--line); }\n</style>")
-    return "\n".join([opening, title, styles, f"<defs>{head}</defs>", frame, *parts, "</svg>"]) + "\n"
+    title = "A model of the pattern LLLG: three local layers to one global layer"
+    return picture(WIDTH, HEIGHT, title, parts)
 
 
 if __name__ == "__main__":

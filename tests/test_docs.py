@@ -1,5 +1,6 @@
 """The commands of the pages parse or run, and their config keys, flags, paths, links and picture exist."""
 
+import ast
 import functools
 import os
 import re
@@ -12,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 from conftest import tool
 
 from configs import base
@@ -251,9 +253,106 @@ def test_the_readme_is_short_and_the_index_lists_every_page():
     )
 
 
-def test_the_picture_equals_the_output_of_its_script():
-    draw = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]
-    assert (ROOT / "docs" / "architecture.svg").read_text() == draw()
+def test_the_pictures_equal_the_output_of_their_scripts(monkeypatch):
+    docs = ROOT / "docs"
+    monkeypatch.syspath_prepend(docs)
+    draw = runpy.run_path(str(docs / "architecture.py"))["draw"]
+    pictures = {"architecture": draw} | runpy.run_path(str(docs / "pictures.py"))["PICTURES"]
+    drawn = {path: path.read_text() for path in [docs / "architecture.svg", *(docs / "pictures").glob("*.svg")]}
+    assert {path.stem: content for path, content in drawn.items()} == {name: draw() for name, draw in pictures.items()}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A workdir with an imported tiny Llama."""
+    with tool("import_hf") as program, flagsaver.flagsaver():
+        program.main(programs.parse(["import_hf.py", "--model=tests/golden/llama", f"--out={tmp_path}/checkpoints"])[:1])
+    return str(tmp_path)
+
+
+def test_the_commands_that_extend_a_checkpoint_are_read(llama):
+    text = (ROOT / "docs" / "extend.md").read_text()
+    lines = " ".join(fences(text, "text")).replace("\\\n", " ").replace("runs/llama_4x", "NEW").splitlines()
+    read = [shlex.split(re.sub("runs/llama|runs/hybrid_8k|path/to/Llama-3.1-8B", llama, line)) for line in lines]
+    assert len(read) == 7
+    assert [refusal(check_command, words) for words in read] == [""] * len(read)
+
+
+def templates() -> list[str]:
+    """The texts in the code, with an ellipsis for each value that is put into one."""
+    nodes = [
+        node
+        for folder in ("hybrid_attn", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    parts = [
+        node.values if isinstance(node, ast.JoinedStr) else [node]
+        for node in nodes
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+    return [
+        "".join(x.value if isinstance(x, ast.Constant) and isinstance(x.value, str) else "…" for x in values)
+        for values in parts
+    ]
+
+
+def quoted_messages(text: str) -> list[str]:
+    """The messages of the tables whose first column is what the reader sees."""
+    tables = re.findall(r"^\| you see .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [re.match(r"\| `(.+?)` \|", line)[1] for table in tables for line in table.splitlines()]
+
+
+def is_message(quoted: str, code: list[str]) -> bool:
+    """Whether a text of the code has the words of `quoted`, in order, with values between them."""
+    pattern = re.compile(".*".join(re.escape(part) for part in quoted.split("…")), re.DOTALL)
+    return any(pattern.search(template) for template in code)
+
+
+def test_the_messages_of_the_page_of_errors_are_in_the_code():
+    messages, code = quoted_messages((ROOT / "docs" / "errors.md").read_text()), templates()
+    assert len(messages) > 40 and all(len(max(message.split("…"), key=len)) > 8 for message in messages)
+    assert [message for message in messages if not is_message(message, code)] == []
+    assert not is_message("a message … that no code has", code)
+
+
+def unknown_figures(line: str, folder: Path) -> list[str]:
+    """The numbers of a row or an item that the pages which it links do not have."""
+    links = re.findall(r"\]\(([^)#]+\.md)\)", line)
+    pages = "\n".join((folder / link).read_text() for link in links)
+    numbers = re.findall(r"(?<![\w.,])\d[\d,.]*%?(?![\w])", re.sub(r"\]\([^)]+\)", "", line))
+    numbers = {number.rstrip(".,") for number in numbers}
+    return sorted(x for x in numbers if not re.search(rf"(?<![\d.,]){re.escape(x)}(?![\d])", pages))
+
+
+def test_the_figures_of_the_readme_and_of_the_numbers_to_expect_are_in_the_pages_that_they_link():
+    readme, numbers = ((ROOT / name).read_text() for name in ("README.md", "docs/numbers.md"))
+    items = re.findall(r"^- (.+?)(?=^- |^$)", readme.partition("## Measured")[2].partition("## ")[0], re.MULTILINE | re.DOTALL)
+    rows = [
+        line.rpartition("|")[0].partition("|")[2] for line in numbers.splitlines() if line.startswith("|") and ".md)" in line
+    ]
+    assert len(items) == 4 and len(rows) > 15 and all("](" in line for line in (*items, *rows))
+    assert {line: unknown_figures(line, ROOT) for line in items if unknown_figures(line, ROOT)} == {}
+    of_row = {row: unknown_figures(row.partition("|")[2], ROOT / "docs") for row in rows}
+    assert {row: unknown for row, unknown in of_row.items() if unknown} == {}
+    assert unknown_figures("7,777 of [recall](results/recall.md)", ROOT / "docs") == ["7,777"]
+
+
+def test_the_output_in_the_readme_is_that_of_the_page_of_the_first_run():
+    readme, page = (fences((ROOT / name).read_text(), "text")[0].splitlines() for name in ("README.md", "docs/first-run.md"))
+    assert [line for line in readme if line not in page] == []
+
+
+TABLES = {"layouts.md": "compare_layouts"}  # pages whose tables are the output of their first command, a program of tools/
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_the_tables_of_a_page_are_the_output_of_its_command(page, capsys):
+    text = (ROOT / "docs" / page).read_text()
+    _, script, *words = next(words for words in commands(text) if Path(words[1]).stem == TABLES[page])
+    with tool(TABLES[page]) as program, flagsaver.flagsaver():
+        program.main(programs.parse([script, *words])[:1])
+    assert capsys.readouterr().out.strip() in text
 
 
 def test_the_code_map_lists_the_path_to_the_attention_arithmetic():

@@ -37,6 +37,13 @@ def test_attended_pairs_are_those_of_the_reference_mask(letter, length):
     assert attended_pairs(kind, length) == counted
 
 
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 30])
+def test_the_forward_passes_of_decoded_tokens_are_that_of_their_sequence(length):
+    model = tiny(**KINDS).model
+    decoded = sum(flops.decode_flops(model, n) for n in range(1, length + 1))
+    assert decoded == pytest.approx(length * flops.forward_flops_per_token(model, length))
+
+
 def test_forward_flops_are_those_that_the_compiler_counts():
     length = 256
     kinds = {letter: KINDS[letter] | near for letter, near in {"L": {"window": 200}, "C": {"chunk": 128}, "G": {}}.items()}

@@ -18,25 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.sharding import AbstractMesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench.measurement import table
-from hybrid_attn.data.packed import fields_of
 from hybrid_attn.files import write_atomically
-from hybrid_attn.model import execution_on, specs
+from hybrid_attn.model import specs
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
+from hybrid_attn.parallel.mesh import AXES, abstract_mesh, axis_sizes
+from hybrid_attn.plan.estimate import estimated_memory
 from hybrid_attn.plan.step import gb, make_plan
 from hybrid_attn.plan.targets import CHIPS, FORMS, Target, find_target
 from hybrid_attn.train.console import duration, named_stage, short_count
 from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.metrics import PEAKS
-from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.schedule import schedule
-from hybrid_attn.train.step import abstract_state
-from hybrid_attn.train.trainable import is_trained, part
+from hybrid_attn.train.trainable import is_trained
 from hybrid_attn.trees import check
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
@@ -107,42 +103,6 @@ def rates_of(c: config.Config) -> list[tuple[np.ndarray, np.ndarray]]:
     spaced = (np.linspace(first, end - 1, POINTS).round() for first, end in zip(ends, ends[1:], strict=False))
     steps = [np.unique(x.astype(np.int32)) for x in spaced]
     return [(x, np.asarray(rate(jnp.asarray(x)))) for x in steps]
-
-
-def bytes_on_device(arrays, mesh: AbstractMesh) -> int:
-    """Bytes of a shard of every array together."""
-    total = 0
-    for x in jax.tree.leaves(arrays):
-        spec = P() if x.sharding is None else x.sharding.spec
-        total += math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
-    return total
-
-
-def estimated_memory(c: config.Config, stage: config.StageConfig, mesh: AbstractMesh, platform: str) -> float:
-    """An estimate of the bytes on a device: state, gradients, and the activations of a microbatch.
-
-    State and gradients are exact. The activations are those that the backward pass keeps, and either all of one layer or one
-    chunk of logits and its gradient. They are traced, not compiled: the compiler may need more, or less.
-    """
-    execution = execution_on(platform, stage.model, stage.train)
-    everything = execution._replace(remat=config.Table(dict.fromkeys(execution.remat, "none")))
-    objective, shape = objective_of(stage), (stage.batch // stage.microbatches, stage.seq_len)
-    with jax.sharding.use_abstract_mesh(mesh):
-        state, sharding = abstract_state(c, mesh, stage.index), NamedSharding(mesh, TOKENS_BT)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in fields_of(stage).items()}
-        extras = {name: state.extras[name] for name in objective.extras}
-
-        def residual_bytes(execution) -> int:
-            def residuals(params, extras, batch):
-                return jax.vjp(lambda params: objective.loss(stage, params, extras, batch, execution)[0], params)[1]
-
-            return bytes_on_device(jax.eval_shape(residuals, state.params, extras, batch), mesh)
-
-        gradients = [part(stage, state.params)] * min(stage.microbatches, 2)  # those of a microbatch, and their sum
-        params = bytes_on_device(state.params, mesh)  # among the residuals
-        layer = (residual_bytes(everything) - params) / stage.model.num_layers
-        logits = 4 * execution.loss_chunk * stage.model.vocab_size / mesh.shape["tensor"]
-        return bytes_on_device((state, gradients), mesh) + residual_bytes(execution) - params + max(layer, 2 * logits)
 
 
 def text_of(mixture: dict[str, float]) -> str:

@@ -32,13 +32,23 @@ def active_parameters(model: Model) -> int:
     )
 
 
+def sequence_flops(model: Model, length: int) -> float:
+    """FLOPs between the tokens of one document of `length`, in all layers: those that no product of a single token has."""
+    return sum(
+        number * MIXERS[model.kinds[letter].mixer].sequence_flops(model, model.kinds[letter], length)
+        for _, letters, number in model.groups
+        for letter in letters
+    )
+
+
 def forward_flops_per_token(model: Model, length: int) -> float:
     """FLOPs of a forward pass over one document of `length` tokens, by token."""
-    sequence = 0
-    for _, letters, number in model.groups:
-        for layer_type in (model.kinds[letter] for letter in letters):
-            sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
-    return product_flops_per_token(model) + sequence / length
+    return product_flops_per_token(model) + sequence_flops(model, length) / length
+
+
+def decode_flops(model: Model, length: int) -> float:
+    """FLOPs of the forward pass of the last of `length` tokens, whose predecessors are in the KV cache."""
+    return product_flops_per_token(model) + sequence_flops(model, length) - sequence_flops(model, length - 1)
 
 
 def product_flops_per_token(model: Model, names: Container[str] | None = None) -> int:
