@@ -12,10 +12,11 @@ import pytest
 from absl.testing import flagsaver
 from conftest import random_params, tiny, tool
 from converted import HYBRID, ROOT, assert_same, edit, edit_tensors, read, write
+from evaluated import everything, store
 
 from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import abstract_params
+from hybrid_attn.model import abstract_params, flops
 from hybrid_attn.train import loop
 
 
@@ -130,6 +131,19 @@ def test_a_workdir_of_any_name_is_exported_to_a_directory_of_any_name(tools, tmp
     assert status == 2 and "none is no directory; name a run's workdir" in err and err.count("\n") == 1
     status, _, err = tools("export_hf", f"--checkpoint={workdir}", f"--out={out}", "--step=4")
     assert status == 2 and "has no complete checkpoint of step 4; it has 3" in err and err.count("\n") == 1
+
+
+def test_an_export_has_a_model_card_of_its_evaluation(tools, tmp_path, one_device):
+    save_run(tmp_path / "run", seed=1)
+    model = {"seq_len": 48, "layers": "LLGLL", "parameters": flops.parameters(HYBRID)}
+    for step in (2, 3):
+        store(tmp_path / f"evals/{step}", *everything(0.5), step=step, model=model)
+    command = "export_hf", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"
+    status, _, err = tools(*command, f"--evaluation={tmp_path}/evals/2")
+    assert status == 2 and "is of step 2, and the export of step 3" in err and not (tmp_path / "out").exists()
+    status, said, err = tools(*command, f"--evaluation={tmp_path}/evals/3")
+    assert status == 0 and "README.md" in said, err
+    assert "\n# out\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_export_has_the_chat_template_of_the_conversations(tools, tmp_path, one_device):

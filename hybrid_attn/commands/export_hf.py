@@ -3,6 +3,7 @@
 --checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
 or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged, and
 factors of low rank multiplied. The chat template of the training becomes chat_template.jinja.
+--evaluation writes a model card, README.md, of an evaluation of this checkpoint: the stages of the training and its tables.
 --peft writes the adapter alone instead, as PEFT stores LoRA.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from hybrid_attn import programs
+from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.convert import families, hf, peft
 from hybrid_attn.data import chat
 from hybrid_attn.files import IMPORTED_FILES
@@ -24,7 +26,21 @@ STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default th
 OUT = flags.DEFINE_string("out", None, "New directory.", required=True)
 FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model_type of config.json.")
 PEFT = flags.DEFINE_bool("peft", False, "Write the LoRA alone, in float32 and in the format of PEFT.")
+EVALUATION = flags.DEFINE_string("evaluation", None, "Evaluation that a model card tells of, such as runs/a/evals/300.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the tensors.")
+
+
+CARD = "README.md"
+
+
+def model_card(c: CheckpointConfig, step: int) -> str:
+    """The card of the checkpoint of `step`; ValueError where --evaluation is of another."""
+    from hybrid_attn.evals import report  # which takes a second, and matplotlib
+    from hybrid_attn.evals.report import card
+
+    run, name = report.read(Path(EVALUATION.value)), Path(OUT.value).resolve().name
+    card.check_is_of(run, c, step, f"--evaluation={EVALUATION.value}")
+    return card.card(name, run, c, step)
 
 
 def export_model() -> None:
@@ -38,6 +54,11 @@ def export_model() -> None:
     type = c.model.adapter.type
     check(not PEFT.value or type == "lora", f"--peft writes LoRA, and the checkpoint has model.adapter.type={type!r}")
     described = hf.describe(model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
+    check(
+        EVALUATION.value is None or not PEFT.value,
+        "--evaluation is of the model, and --peft writes an adapter alone; leave one out",
+    )
+    text = None if EVALUATION.value is None else model_card(c, step)
     if PEFT.value:
         with hf.new_directory(OUT.value) as new:
             peft.write(new, c.model, described["model_type"], parameters.targets(), parameters.added)
@@ -49,6 +70,9 @@ def export_model() -> None:
         if saved.chat_template is not None:  # goes before that of an imported model, as in a chat with the checkpoint
             (new / chat.BESIDE).write_text(saved.chat_template, encoding="utf-8", newline="")
             others = sorted({*others, chat.BESIDE})
+        if text is not None:
+            (new / CARD).write_text(text, encoding="utf-8")
+            others = [*others, CARD]
     print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *others])}")
 
 
