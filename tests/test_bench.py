@@ -12,7 +12,7 @@ import pytest
 from absl.testing import flagsaver
 
 from hybrid_attn import config
-from hybrid_attn.bench import measurement
+from hybrid_attn.bench import contender, measurement
 from hybrid_attn.programs import parse
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +155,11 @@ def test_the_pieces_of_a_step_are_timed_and_have_all_of_its_flops(tmp_path):
         (["--part=experts", "--lengths=64", "--options=top_k=9"], "top_k=9, more than experts=8"),
         (["--part=attention", "--lengths=64", "--options=head=3"], "part attention names 'head'"),
         (["--part=step,growth", "--options=chunk=16"], "--options=chunk=16 belongs to one part"),
+        (["--part=peers", "--lengths=64", "--options=steps=-1"], "steps=-1; use 0 or more"),
+        (["--part=peers", "--lengths=64", "--options=new=64"], "--lengths has 64 tokens, and 64 of them are the answer"),
+        (["--part=peers", "--lengths=64", "--options=recompute=ours"], "recompute='ours'; use transformers, MaxText"),
+        (["--part=peers", "--lengths=64", "--options=maxtext_python=none"], "maxtext_python=none, which is no file"),
+        (["--part=decode", "--add"], "--add adds to the file of --json"),
         ([], "name one of --page and --part"),
         (["--part=step", "--compare=tests/golden_curves.json"], "tests/golden_curves.json is no result"),
     ],
@@ -199,8 +204,8 @@ def test_full_attention_trains_as_the_windowed_layer_type_does(changes, remat, c
     assert config.context(full.model, full.train)["R"] == context
 
 
-def allocate(mebibytes: int) -> measurement.Ready:
-    return measurement.Ready(lambda: len(b"x" * (mebibytes * 2**20)) / 2**20, None)
+def allocate(mebibytes: int) -> contender.Ready:
+    return contender.Ready(lambda: len(b"x" * (mebibytes * 2**20)) / 2**20, None)
 
 
 @pytest.mark.slow

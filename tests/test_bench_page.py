@@ -65,6 +65,19 @@ def test_two_results_are_compared_figure_by_figure_and_another_machine_is_named(
     assert "Not measured alike: machine old processor EPYC, cores 2" in results.compared(result(1, 2), result(1, 2, cores=4))
 
 
+def test_records_are_added_to_those_of_the_same_code_on_the_same_machine():
+    old, new, path = result(0.002, 0.004), result(0.001, 0.005), Path("x.json")
+    new["command"] += " --add"
+    both = results.joined(old, new, path)
+    part = both["parts"]["decode"]
+    assert [r["seconds"] for r in part["records"]] == [0.002, 0.004, 0.001, 0.005]
+    assert part["figures"] == results.figures_of(results.table.find("decode"), part)
+    assert both["command"] == "python tools/bench.py --part=decode && python tools/bench.py --part=decode --add"
+    assert results.joined(old | {"parts": {}}, new, path)["parts"] == new["parts"]
+    with pytest.raises(ValueError, match="--add to x.json: its revision differs"):
+        results.joined(old, new | {"revision": "abd"}, path)
+
+
 HALF = '{"machine": {"processor": "x", "cores": 1, "memory_gib": 1}, "versions": {}, "parts": %s}'
 
 

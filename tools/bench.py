@@ -8,7 +8,8 @@
 Contenders are called alternately, each library in a process of its own, once to warm up and then --repeats times. Times are
 medians, beside which the best call stands, and ratios are those of medians. Memory is what a call takes beyond its inputs.
 The output says whether other programs used the machine meanwhile. A dash is explained under its table. --compare sets the
-figures beside those of an earlier --json. --page is made of the JSON files of its folder's speed/before and speed/after.
+figures beside those of an earlier --json, and --add puts them into it. --page is made of the JSON files of its folder's
+speed/before and speed/after.
 """
 
 import itertools
@@ -30,6 +31,9 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each contender.", l
 SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out calls that would take longer, judged by a shorter sequence.", 0)
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out contenders that need more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the machine, the versions, the numbers of the tables and the figures.")
+ADD = flags.DEFINE_bool(
+    "add", False, "Add to the file of --json, if it is there, what the same code measures on the same machine."
+)
 COMPARE = flags.DEFINE_string("compare", None, "A file of --json, whose figures are printed beside the new ones.")
 PAGE = flags.DEFINE_string("page", None, "Page to make of results that are there, such as docs/results/speed.md.")
 CONFIG = config_file.define(
@@ -84,6 +88,8 @@ def bench() -> None:
 
     check(not OPTIONS.value or len(PART.value) == 1, f"--options={OPTIONS.value} belongs to one part; --part has {PART.value}")
     old = results.read(Path(COMPARE.value)) if COMPARE.value else None
+    check(not ADD.value or bool(JSON.value), "--add adds to the file of --json; name one")
+    before = results.read(Path(JSON.value)) if ADD.value and Path(JSON.value).exists() else None
     parts, result = {name: table.find(name) for name in PART.value}, {"command": command(), "date": time.strftime("%F")}
     with measurement.Processes(round(MEMORY_GIB.value * machine.GIB)) as processes:
         platform = processes.call("jax", measurement.platform_here)
@@ -98,7 +104,7 @@ def bench() -> None:
             for figure, x in part.figures(of_part["records"]).items():
                 print(f"{figure}: {x.shown}")
             if JSON.value:  # after every part: a later one may be interrupted
-                results.write(Path(JSON.value), result)
+                results.write(Path(JSON.value), results.joined(before, result, Path(JSON.value)) if before else result)
     if old:
         print(f"\n{results.compared(old, result)}")
 

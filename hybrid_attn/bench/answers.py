@@ -8,31 +8,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from hybrid_attn import config
-from hybrid_attn.bench import measurement
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench import measurement, pytorch
+from hybrid_attn.bench.contender import Answer, Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Run
 from hybrid_attn.config import Config
 from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions
-from hybrid_attn.model import init
+from hybrid_attn.model import flops, init
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.trees import check
 
 CHUNK = {"chunk": DEFAULT_CHUNK}  # tokens of a prompt that our engine reads at a time
-
-
-class Answer(NamedTuple):
-    """Seconds of the prefill, seconds of each decoded token, the tokens, and the bytes of the cache if known."""
-
-    prefill: float
-    token: float
-    tokens: list[int]
-    cache_bytes: int | None
 
 
 def prompt_of(c: Config, length: int) -> list[int]:
@@ -55,39 +46,19 @@ def make_ours(values: dict, length: int, new: int, chunk: int) -> Ready:
         seconds, timing = time.perf_counter() - start, engine.timing
         return Answer(seconds - timing.decode_s, timing.decode_s / new, answer.tokens.tolist(), timing.cache_bytes)
 
-    return Ready(run, None)
+    return Ready(run, None, flops.parameters(c.model))
 
 
-def make_transformers(values: dict, length: int, new: int, directory: str) -> Ready:
-    """Answers of the exported model by `generate` of `transformers`."""
-    import torch
-
-    model = measurement.exported_model(directory).eval()
-    prompt = torch.tensor([prompt_of(config.build(values), length)])
-
-    def answer(prompt) -> Answer:
-        times = [time.perf_counter()]
-
-        def record_time(*_, **__):
-            times.append(time.perf_counter())
-            return torch.zeros(1, dtype=torch.bool)
-
-        output = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, eos_token_id=None,
-            stopping_criteria=[record_time],
-        )  # fmt: skip
-        tokens = output[0, prompt.shape[1] :].tolist()
-        return Answer(times[1] - times[0], (times[-1] - times[1]) / (len(tokens) - 1), tokens, None)
-
-    answer(prompt[:, :16])  # starts the threads
-    return Ready(lambda: answer(prompt), None)
+def check_new(new: int, lengths: list[int]) -> None:
+    """ValueError where answers of `new` tokens are too short to be timed, or leave no prompt."""
+    check(new >= 2, f"--options has new={new}, and the time of a token is that of the second and later ones; use 2 or more")
+    check(min(lengths) > new, f"--lengths has {min(lengths)} tokens, and {new} of them are the answer; use longer ones")
 
 
 def measure(processes: Processes, run: Run, part: str, new: int, seconds_of: str) -> list[dict]:
     """A record for each contender and length; its `seconds` are the field `seconds_of` of the answers, of `new` tokens."""
-    check(new >= 2, f"--options has new={new}, and the time of a token is that of the second and later ones; use 2 or more")
+    check_new(new, run.lengths)
     values, chunk, records = config.to_dict(run.config), run.options["chunk"], []
-    check(min(run.lengths) > new, f"--lengths has {min(run.lengths)} tokens, and {new} of them are the answer; use longer ones")
     reason = measurement.no_transformers(run.platform, run.dtype)
     with tempfile.TemporaryDirectory() as directory:
         if not reason:
@@ -96,7 +67,7 @@ def measure(processes: Processes, run: Run, part: str, new: int, seconds_of: str
             about = {"tokens": S, "prompt": S - new, "new": new}
             tasks = {"ours": Task("jax", make_ours, (values, S - new, new, chunk))}
             if not reason:
-                tasks["transformers"] = Task("torch", make_transformers, (values, S - new, new, directory))
+                tasks["transformers"] = Task("torch", pytorch.make_answers, (directory, prompt_of(run.config, S - new), new))
             for name, x in processes.race(f"{part} {S:,}", tasks, run.repeats).items():
                 records.append({"contender": name} | about | x.record)
                 if not x.missing:

@@ -16,7 +16,8 @@ import numpy as np
 
 from hybrid_attn import kernels
 from hybrid_attn.bench import machine, measurement
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.contender import Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Figure, Part, Run, chosen
 from hybrid_attn.convert.normal import PLAIN
 from hybrid_attn.model import flops

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_attn.bench import measurement
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.contender import Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Figure, Part, Run, chosen
 from hybrid_attn.model import flops
 from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block

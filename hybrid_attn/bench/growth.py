@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
 from hybrid_attn.bench import answers, measurement
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.contender import Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Figure, Part, Run, ratios
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer import steps

@@ -25,6 +25,7 @@ import jax
 
 from hybrid_attn import allocator, config
 from hybrid_attn.bench import machine
+from hybrid_attn.bench.contender import Ready, status
 from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import init, specs
@@ -41,13 +42,6 @@ class Task(NamedTuple):
     library: str
     make: Callable
     args: tuple
-
-
-class Ready(NamedTuple):
-    """`run` does the work once and waits for its end; `memory` is its memory in bytes, or None to measure the process."""
-
-    run: Callable[[], Any]
-    memory: int | None
 
 
 class Measured(NamedTuple):
@@ -149,7 +143,7 @@ def can_watch() -> bool:
 
 def highest_memory() -> int | None:
     """Peak resident bytes of this process since a contender was first called; None where they cannot be read."""
-    return _status("VmHWM") if can_watch() else None
+    return status("VmHWM") if can_watch() else None
 
 
 def lengths(texts: Sequence[str]) -> list[int]:
@@ -207,16 +201,6 @@ def export(values: dict, directory: str, max_len: int) -> list[str]:
     return [tensor.name for tensor in tensors if has_decay[tensor.pieces[0].path]]
 
 
-def exported_model(directory: str):
-    """An exported model in float32 on PyTorch, with its scaled dot-product attention and the threads that XLA has."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(machine.threads())
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
-
-
 # --- In the process of a library.
 
 _ready: dict[str, Ready] = {}
@@ -230,7 +214,7 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         watched = _ready[name].memory is None and can_watch()
         before = _watch(limit) if watched else None
         result = _ready[name].run()
-        memory = _status("VmHWM") - before if watched else _ready[name].memory
+        memory = status("VmHWM") - before if watched else _ready[name].memory
         return Measured([], [], [result], memory, None)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
@@ -253,13 +237,7 @@ def _watch(limit: int) -> int:
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that is freed and kept could be used again without being counted
-    soft, hard = _status("VmData") + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    soft, hard = status("VmData") + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    return status("VmRSS")

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, kernels
 from hybrid_attn.bench import measurement, training
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.contender import Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Figure, Part, Run, share_of_peak
 from hybrid_attn.config import Config, Model
 from hybrid_attn.model import Execution, execution_on, flops, init, specs

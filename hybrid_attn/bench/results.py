@@ -49,6 +49,24 @@ def figures_of(part: Part, measured: dict) -> dict[str, dict]:
     return {name: {"value": x.value, "unit": x.unit} for name, x in part.figures(measured["records"]).items()}
 
 
+def joined(old: dict, new: dict, path: Path) -> dict:
+    """`new` with the records of `old` before its own; ValueError where another machine or other code measured those."""
+    different = [key for key in ("machine", "versions", "revision") if old[key] != new[key]]
+    different += [f"parts.{name}.model" for name, x in new["parts"].items() if x["model"] != old["parts"].get(name, x)["model"]]
+    check(
+        not different,
+        f"--add to {path}: its {', '.join(different)} differs, so the figures would not compare; name another --json",
+    )
+    parts = dict(old["parts"])
+    for name, measured in new["parts"].items():
+        before = parts.get(name, measured | {"records": []})
+        watch = {"load_start": before["watch"]["load_start"], "load_end": measured["watch"]["load_end"]}
+        watch["others"] = max(before["watch"]["others"], measured["watch"]["others"])
+        parts[name] = measured | {"watch": watch, "records": before["records"] + measured["records"]}
+        parts[name]["figures"] = figures_of(table.find(name), parts[name])
+    return new | {"command": f"{old['command']} && {new['command']}", "parts": parts}
+
+
 def compared(old: dict, new: dict) -> str:
     """A table of the figures that both results have, and a line if they are of different machines."""
     rows = []

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from hybrid_attn import config
 from hybrid_attn.bench import measurement
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.contender import Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import ROOT, Figure, Part, Run, chosen
 
 FIRST_STEP, IMPORTS, HELP = 10.0, 3.0, 2.0  # seconds: the targets

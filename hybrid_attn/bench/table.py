@@ -13,6 +13,7 @@ PARTS = {
     "pieces": "where the time of a training step goes",
     "prefill": "reading a prompt beside transformers",
     "decode": "a new token beside transformers",
+    "peers": "steps and decoded tokens beside transformers and MaxText, each in a process of its own: time, memory, start",
     "growth": "a new token after prompts of growing length, beside full attention",
     "cache": "bytes of the KV cache beside full attention",
     "long": "a prompt of 131,072 tokens: time and memory",

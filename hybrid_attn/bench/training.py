@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn import config
 from hybrid_attn.bench import measurement
-from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.contender import Ready
+from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Run, share_of_peak
 from hybrid_attn.config import Config
 from hybrid_attn.config_model import attention_heads
@@ -63,7 +64,7 @@ def make_ours(values: dict, statistics: bool = False) -> Ready:
         return float(jax.block_until_ready(metrics)["loss"])
 
     reserved = None if jax.default_backend() == "cpu" else program.memory_analysis().temp_size_in_bytes
-    return Ready(run, reserved)
+    return Ready(run, reserved, flops.parameters(c.model))
 
 
 def ours(c: Config, statistics: bool = False) -> tuple[Config, Task]:
@@ -89,6 +90,20 @@ def computed_with_masks(c: Config) -> float:
     return needed(c) + B * flops.TRAIN * attention_flops(1, m.head_dim, masked)
 
 
+def about(name: str, c: Config, masked: bool) -> dict:
+    """What the record of a contender says before it is measured; one with masks computes all S x S scores."""
+    stage = c.stages[0]
+    record = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
+    return record | {"needed_flops": needed(c), "computed_flops": computed_with_masks(c) if masked else needed(c)}
+
+
+def too_long(record: dict, done: list[dict], seconds: float) -> str:
+    """Why a step is not taken if it might take more than `seconds` by the last record of its contender in `done`, or empty."""
+    before = [r for r in done if r["contender"] == record["contender"] and "seconds" in r]
+    expected = before[-1]["seconds"] * record["computed_flops"] / before[-1]["computed_flops"] if before else 0.0
+    return f"a step might take more than {seconds:g} s" if expected > seconds else ""
+
+
 def compare(
     processes: Processes, run: Run, title: str, contenders: dict[str, tuple[Config, Task | str]], done: list[dict]
 ) -> list[dict]:
@@ -98,18 +113,13 @@ def compare(
     """
     records, tasks = {}, {"matmul": Task("jax", measurement.make_matmul, (run.dtype,))}  # first: it starts the threads
     for name, (c, task) in contenders.items():
-        library = "torch" if isinstance(task, str) else task.library
-        stage, computed = c.stages[0], computed_with_masks(c) if library == "torch" else needed(c)
-        records[name] = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
-        records[name] |= {"needed_flops": needed(c), "computed_flops": computed}
-        before = [r for r in done if r["contender"] == name and "seconds" in r]
-        if isinstance(task, str):
-            records[name]["missing"] = task
-        elif before and before[-1]["seconds"] * computed / before[-1]["computed_flops"] > run.seconds:
-            records[name]["missing"] = f"a step might take more than {run.seconds:g} s"
+        records[name] = about(name, c, masked=isinstance(task, str) or task.library == "torch")
+        reason = task if isinstance(task, str) else too_long(records[name], done, run.seconds)
+        if reason:
+            records[name]["missing"] = reason
         else:
             tasks[name] = task
-    measured = processes.race(f"{title} {stage.seq_len:,}", tasks, run.repeats)
+    measured = processes.race(f"{title} {c.stages[0].seq_len:,}", tasks, run.repeats)
     peak = max(measured.pop("matmul").results)
     for name, x in measured.items():
         more = {"fits": False} if x.missing else {"losses": x.results, "cpu": float(np.median(x.cpu_seconds)), "peak": peak}
