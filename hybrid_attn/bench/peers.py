@@ -271,11 +271,17 @@ def ratio(r: dict, own: dict, key: str) -> str:
 
 
 def of_processes(measured: list[dict]) -> str:
-    """How many processes and calls the numbers are medians of, and with which versions."""
-    counts = dict.fromkeys((r["processes"], len(r["samples"]) // r["processes"]) for r in measured)
-    calls = " or ".join(f"{calls} timed calls in each of {processes} processes" for processes, calls in counts)
+    """How many processes were started and how many of their calls timed, and with which versions."""
+    rows = dict.fromkeys((len(r["samples"]), r["processes"]) for r in measured)
+    rows = " or ".join(
+        f"{counted(calls, 'timed call', 's')} in {counted(processes, 'process', 'es')}" for calls, processes in rows
+    )
     versions = {r["contender"]: ", ".join(f"{name} {x}" for name, x in r["versions"].items()) for r in measured}
-    return f"Medians of {calls}. " + "; ".join(f"{name}: {x}" for name, x in versions.items()) + "."
+    return f"Each speed is the median of {rows}. " + "; ".join(f"{name}: {x}" for name, x in versions.items()) + "."
+
+
+def counted(number: int, noun: str, plural: str) -> str:
+    return f"{number} {noun}{plural if number > 1 else ''}"
 
 
 def figures(records: list[dict]) -> dict[str, Figure]:
