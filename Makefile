@@ -1,4 +1,4 @@
-# make train, docs, test, test-slow, test-exhaustive, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, native, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, reproduce, docs, test, test-slow, test-exhaustive, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, native, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.data.tokenizer=tokenizer.json"
 #   make train EXTRA=gpu          # or tpu; "gpu hf" also reads and trains tokenizers
 PYTHON ?= python3
@@ -15,10 +15,14 @@ INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --c
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))' 2>/dev/null)
 PARALLEL := --numprocesses=$(PROCESSES) --dist=loadfile
 
-.PHONY: train docs test test-slow test-exhaustive test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu native lint clean
+.PHONY: train reproduce docs test test-slow test-exhaustive test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu native lint clean
 
 train: .venv/.train $(EXTRA:%=.venv/.%)
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
+
+# The layouts of the paper on the recall probe, three seeds: half an hour on two cores; ARGS="--seeds=1" takes a third of it.
+reproduce: .venv/.train
+	$(VENV_PYTHON) tools/study.py studies/layouts --out=runs/reproduce $(ARGS)
 
 test: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)

@@ -17,10 +17,16 @@ LAYOUTS = {
     "swa_rope": "LLLR",
     "swa_rope_1to1": "LR",
     "rope": "R",
+    "qk_norm": "Q",
     "nope": "G",
     "swa": "L",
 }
-LAYER_TYPES = {"L": {"window": 16, "rope_theta": 10_000.0}, "R": {"rope_theta": 10_000.0}, "G": {}}
+LAYER_TYPES = {
+    "L": {"window": 16, "rope_theta": 10_000.0},
+    "R": {"rope_theta": 10_000.0},
+    "Q": {"rope_theta": 10_000.0, "qk_norm": "layernorm", "qk_norm_scope": "head"},  # as in configs/paper/qk_norm.py
+    "G": {},
+}
 
 
 def get_config(layout: str = "rnope_swa"):

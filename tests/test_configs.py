@@ -70,17 +70,18 @@ def test_variants_of_the_paper_differ_in_nothing_but_their_layers(name, layers, 
 @pytest.mark.parametrize(
     ("layout", "layers"),
     [("rnope_swa", "LLLG"), ("rnope_swa_1to1", "LGLG"), ("rnope", "RGRG"), ("swa_rope", "LLLR"), ("swa_rope_1to1", "LRLR"),
-     ("rope", "RRRR"), ("nope", "GGGG"), ("swa", "LLLL")],
+     ("rope", "RRRR"), ("qk_norm", "QQQQ"), ("nope", "GGGG"), ("swa", "LLLL")],
 )  # fmt: skip
 def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, layers):
     c, default = (config.build(recall.get_config(*argument)) for argument in ((layout,), ()))
-    assert len(recall.LAYOUTS) == 8 and c.model.layers == layers and set(c.model.kinds) == set(layers)
+    assert len(recall.LAYOUTS) == 9 and c.model.layers == layers and set(c.model.kinds) == set(layers)
     for letter, kind in c.model.kinds.items():
         assert kind.window == (16 if letter == "L" else None)
         assert kind.rope_theta == (None if letter == "G" else 10_000.0)
     lines = trees.differences(config.to_dict(default), config.to_dict(c))
     assert all(line.startswith(("model.kinds.", "model.pattern: ")) for line in lines)
-    assert flops.parameters(c.model) == flops.parameters(default.model)
+    weights_of_norms = 4 * 2 * 4 * 16 if layout == "qk_norm" else 0  # layers, queries and keys, heads, head size
+    assert flops.parameters(c.model) == flops.parameters(default.model) + weights_of_norms
 
 
 # The others have sizes; extend and adapt need a checkpoint, and end_to_end (tests/test_end_to_end.py) needs stores.

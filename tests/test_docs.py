@@ -20,10 +20,10 @@ from configs import base
 from hybrid_attn import config, programs
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "docs/results/*.md") for path in ROOT.glob(pattern))
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "docs/results/*.md", "studies/*/*.md") for path in ROOT.glob(pattern))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GROUPS = "model|mesh|data|optim|stages|train|evals|init_from"
-FOLDERS = "configs|docs|hybrid_attn|launch|tools|tests|constraints"
+FOLDERS = "configs|docs|studies|hybrid_attn|launch|tools|tests|constraints"
 NEW_FILE = "mine"  # the name that worked examples give to a file that the reader writes
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]

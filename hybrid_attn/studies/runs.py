@@ -1,0 +1,101 @@
+"""The runs of a study: the config of a cell with a seed, its workdir, its command, and what is recorded of it at its end."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hybrid_attn import config, config_file, trees
+from hybrid_attn.bench import machine
+from hybrid_attn.files import read_object
+from hybrid_attn.studies.metrics import Metric, Trained
+from hybrid_attn.studies.study import Study, config_name
+from hybrid_attn.train import curves
+from hybrid_attn.train.cost import flops_per_token
+from hybrid_attn.train.metrics import METRICS
+
+COST = "cost.jsonl"  # of a workdir: a line for each process that trained in it
+LOG = "output.txt"  # of a workdir: what these processes printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: of a cell with a seed. `changes` are keys of `config_file` that have another value."""
+
+    cell: str
+    seed: int
+    config_file: str
+    changes: Mapping[str, object]
+    config: config.Config
+    root: Path
+
+    @property
+    def hash(self) -> str:
+        """Of the values that differ from the defaults: new keys with a default do not change it."""
+        return hashlib.sha256("\n".join(config.changes(self.config)).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell} seed {self.seed}"
+
+    @property
+    def workdir(self) -> Path:
+        """Its name has the hash, so that no run goes on from the checkpoint of another config."""
+        return self.root / self.cell / f"{self.seed}-{self.hash}"
+
+    @property
+    def log(self) -> Path:
+        return self.workdir / LOG
+
+    def arguments(self) -> list[str]:
+        """Those of launch/train.py."""
+        changes = [f"--config.{key}={value}" for key, value in self.changes.items()]
+        return [f"--config={self.config_file}", f"--workdir={self.workdir}", *changes]
+
+
+def runs_of(study: Study, folder: Path, root: Path, cells: Sequence[str], seeds: int) -> list[Run]:
+    """The runs of these cells in the order of the seeds, with workdirs in `root`; ValueError where a config is wrong.
+
+    A seed is that of the initial parameters and of the order or the sampling of the data.
+    """
+    return [_run(study, folder, root, cell, seed) for seed in range(seeds) for cell in cells]
+
+
+def _run(study: Study, folder: Path, root: Path, name: str, seed: int) -> Run:
+    cell = study.cells[name]
+    file, changes = config_name(folder, cell), {**study.changes, **cell.changes, "seed": seed, "data.seed": seed}
+    trees.check(
+        Path(file.partition(":")[0]).is_file(),
+        f"the cell {name!r} names {cell.config}: no such file in {folder} or {Path.cwd()}",
+    )
+    values = config_file.load(file)
+    for key, value in changes.items():
+        trees.override(config.Config, values, "config", key, str(value))
+    return Run(name, seed, file, changes, config.build(values), root)
+
+
+def cost(c: config.Config) -> tuple[float, int]:
+    """FLOPs and tokens of a training, padding included."""
+    tokens = c.stage_tokens(c.total_steps)
+    return sum(n * flops_per_token(c.at(stage)) for stage, n in enumerate(tokens)), sum(tokens)
+
+
+def is_complete(run: Run) -> bool:
+    """Whether the last step of the run is logged."""
+    path = run.workdir / METRICS
+    return path.exists() and curves.read(path)[-1]["step"] == run.config.total_steps
+
+
+def line_of(run: Run, metrics: Mapping[str, Metric]) -> dict:
+    """The line of results.jsonl of a complete run."""
+    path = run.workdir / COST
+    seconds = sum(json.loads(line)["cpu_seconds"] for line in path.read_text().splitlines())
+    trained = Trained(run.workdir, run.config.total_steps, seconds, *cost(run.config))
+    about = read_object(run.workdir / "about.json")
+    return {
+        **{"cell": run.cell, "seed": run.seed, "config": run.hash},
+        "metrics": {name: metric.read(trained) for name, metric in metrics.items()},
+        **{"cpu_seconds": round(seconds, 1), "flops": trained.flops, "tokens": trained.tokens},
+        **{"revision": about["revision"], "versions": about["versions"], "machine": machine.describe()},
+    }
