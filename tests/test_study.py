@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,25 @@ import pytest
 from conftest import tool
 
 from hybrid_attn.programs import parse
-from hybrid_attn.studies import SHARE, Cell, Claim, Curves, Metric, Reach, Study, children, over_cells, over_metrics, page, plot
+from hybrid_attn.studies import (
+    SHARE,
+    Cell,
+    Claim,
+    Curves,
+    Metric,
+    Reach,
+    Study,
+    children,
+    over_cells,
+    over_metrics,
+    page,
+    plot,
+    runs,
+    study,
+)
 from hybrid_attn.studies import metrics as read_by
 from hybrid_attn.studies.compare import compared
-from hybrid_attn.studies.results import Results
+from hybrid_attn.studies.results import Results, current, read
 from hybrid_attn.studies.statistics import mean_of, paired, verdict
 
 STUDY = Study(
@@ -204,7 +220,7 @@ def test_a_study_trains_every_cell_and_seed_once(folder, capsys):
     code, out, _ = study_of(capsys, "s", "--only=b", "--seeds=1")
     assert code == 0 and starts() == ["b/0"] and lines_of(folder) == [("b", 0, 1.0)]
     code, out, _ = study_of(capsys, "s", "--processes=2")
-    assert code == 0 and "4 runs; 3 are to be trained" in out and "2.000" in out
+    assert code == 0 and "4 runs; 3 are not recorded yet" in out and "2.000" in out
     assert lines_of(folder) == [("a", 0, 1.0), ("a", 1, 2.0), ("b", 0, 1.0), ("b", 1, 2.0)]
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {1}
     assert page.BEGIN in (folder / "README.md").read_text() and (folder / "plot.svg").read_text().startswith("<svg")
@@ -233,13 +249,11 @@ def test_lines_of_another_config_are_reported_and_not_mixed_in(folder, capsys):
 def test_results_in_another_folder_are_compared_with_those_of_the_study(folder, capsys):
     study_of(capsys, "s")
     code, out, _ = study_of(capsys, "s", "--out=again")
-    assert code == 0 and "4 are to be trained" in out and out.endswith("2 of 2 numbers agree\n")
+    assert code == 0 and "4 are not recorded yet" in out and out.endswith("2 of 2 numbers agree\n")
     assert len(lines_of(Path("again"))) == 4 and (Path("again") / "README.md").exists()
 
 
 def test_stopped_runs_get_one_signal_and_go_on_later(folder, capsys, monkeypatch):
-    from hybrid_attn.studies import runs, study
-
     monkeypatch.setenv("WAIT", "1")
     chosen = study.load(folder)
     to_train, ended = runs.runs_of(chosen, folder, Path("runs/studies/s"), ["a", "b"], 1), []
@@ -251,6 +265,17 @@ def test_stopped_runs_get_one_signal_and_go_on_later(folder, capsys, monkeypatch
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {2}
     costs = [len((run.workdir / runs.COST).read_text().splitlines()) for run in to_train]
     assert costs == [2, 2] and len(lines_of(folder)) == 2
+
+
+def test_a_new_metric_is_read_from_the_workdirs_without_training(folder, capsys):
+    study_of(capsys, "s")
+    twice = '"twice": Metric(lambda run: 2 * logged("loss").read(run))'
+    (folder / "study.py").write_text(
+        WRITTEN.replace('logged("loss")}', f'logged("loss"), {twice}}}').replace("Study,", "Metric, Study,")
+    )
+    code, out, _ = study_of(capsys, "s")
+    assert code == 0 and "4 runs; 4 are not recorded yet" in out and "twice 4.000" in out
+    assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {1}
 
 
 def test_processes_share_the_cores(monkeypatch):
@@ -311,3 +336,32 @@ def test_two_seeds_of_a_tiny_model_are_trained_evaluated_and_shown(folder, monke
     for line in lines:
         assert line["tokens"] == 2 * 64 and line["flops"] > 0 and 0 < line["cpu_seconds"] < 1000
     assert "| tiny" in (folder / "README.md").read_text() and "| tiny" in done.stdout
+
+
+STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*/study.py"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+def test_a_study_of_the_repository_builds_and_its_recorded_lines_are_of_its_configs(path, monkeypatch):
+    monkeypatch.chdir(path.parents[2])
+    folder = path.parent.relative_to(Path.cwd())
+    chosen, lines = study.load(folder), read(folder)
+    seeds = max([chosen.seeds, *(line["seed"] + 1 for line in lines)])
+    hashes = {(x.cell, x.seed): x.hash for x in runs.runs_of(chosen, folder, Path("runs"), list(chosen.cells), seeds)}
+    counted, others = current(chosen, lines, hashes)
+    assert not others and len(set(hashes.values())) == len(hashes)
+    if lines:
+        assert (folder / page.PLOT).read_text() == plot.svg(counted, folder.name)
+        assert page.table(counted) in (folder / chosen.page).read_text()
+
+
+def test_a_record_may_not_train_on_longer_sequences(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    shutil.copytree("studies/records", tmp_path / "records")
+    lines = ["from configs import recall", "def get_config():", "    c = recall.get_config()", "    c.stages[0].seq_len = {}"]
+    text = "\n".join([*lines, "    return c", ""])
+    (tmp_path / "records" / "mine.py").write_text(text.format(64))
+    assert "mine" in study.load(tmp_path / "records").cells
+    (tmp_path / "records" / "mine.py").write_text(text.format(128))
+    with pytest.raises(ValueError, match="mine.py trains on sequences of 128 tokens, and at most 64 are allowed"):
+        study.load(tmp_path / "records")

@@ -55,23 +55,37 @@ class Progress:
         self.failed: list[str] = []
 
     def ended(self, ended: children.Ended) -> None:
+        """Records a run whose process has ended."""
+        run = ended.run
         try:
-            self._record(ended)
+            check(ended.exit_code == 0, f"exit code {ended.exit_code}")
+            check(runs.is_complete(run), f"ended before step {run.config.total_steps}")
+            self.record(run)
         except (OSError, ValueError) as error:
-            line = f"{ended.run.name}: {programs.one_line(programs.message(error))}; its output is in {ended.run.log}"
-            if not self.interrupted:
-                self.failed.append(line)
-            print(line, flush=True)
+            if self.interrupted:
+                return print(f"{run.name}: stopped, to go on in {run.workdir}", flush=True)
+            self.failed.append(f"{run.name}: {programs.one_line(programs.message(error))}; its output is in {run.log}")
+            print(self.failed[-1], flush=True)
 
-    def _record(self, ended: children.Ended) -> None:
-        run, (chosen, _, out, _) = ended.run, self.job
-        check(ended.exit_code == 0, f"exit code {ended.exit_code}")
-        check(runs.is_complete(run), f"ended before step {run.config.total_steps}, with its checkpoint in {run.workdir}")
+    def record(self, run: runs.Run) -> None:
+        """Writes the line of a complete run; ValueError where its workdir lacks a metric."""
+        chosen, _, out, _ = self.job
         line = runs.line_of(run, chosen.metrics)
         results.write(out, results.with_line(results.read(out), line), list(chosen.cells))
         self.done += 1
         shown = ", ".join(f"{name} {metric.show(line['metrics'][name])}" for name, metric in chosen.metrics.items())
-        print(f"{self.done}/{self.number}  {run.name}  {ended.seconds:.0f} s  {shown}", flush=True)
+        print(f"{self.done}/{self.number}  {run.name}  {line['cpu_seconds']:.0f} CPU s  {shown}", flush=True)
+
+    def without_recorded(self, missing: Sequence[runs.Run]) -> list[runs.Run]:
+        """The runs that must be trained or evaluated: what a workdir has of a complete one is recorded now."""
+        left = []
+        for run in missing:
+            try:
+                check(runs.is_complete(run), "not complete")
+                self.record(run)
+            except (OSError, ValueError):
+                left.append(run)
+        return left
 
 
 def job_of(argument: str) -> Job:
@@ -87,6 +101,7 @@ def job_of(argument: str) -> Job:
 def train(job: Job, missing: Sequence[runs.Run]) -> Progress:
     """Trains what is missing; Ctrl-C and SIGTERM have the runs save a checkpoint and end."""
     progress = Progress(job, len(missing))
+    missing = progress.without_recorded(missing)
 
     def is_stopped() -> bool:
         progress.interrupted = interrupt.requested
@@ -117,7 +132,7 @@ def run(*arguments: str) -> int:
             print(f"{job.out / results.FILE}: left out, for their config or their metrics are others than now: {names}")
         chosen = [x for x in known.values() if x.cell in cells and x.seed < seeds]
         missing = [x for x in chosen if x.seed not in current.of(x.cell)]
-        print(f"{len(chosen)} runs; {len(missing)} are to be trained, in {job.root}", flush=True)
+        print(f"{len(chosen)} runs; {len(missing)} are not recorded yet; workdirs: {job.root}", flush=True)
         progress = train(job, missing)
         show(job, job.read(known, job.out)[0], job.read(known, job.folder)[0])
     return exit_code(progress)

@@ -82,9 +82,12 @@ def cost(c: config.Config) -> tuple[float, int]:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether the last step of the run is logged."""
+    """Whether the last step of the run is logged; a run that was stopped early may have no line yet."""
     path = run.workdir / METRICS
-    return path.exists() and curves.read(path)[-1]["step"] == run.config.total_steps
+    try:
+        return curves.read(path)[-1]["step"] == run.config.total_steps
+    except (OSError, ValueError):
+        return False
 
 
 def line_of(run: Run, metrics: Mapping[str, Metric]) -> dict:
