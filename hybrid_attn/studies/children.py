@@ -92,13 +92,13 @@ def train(
 
     The processes then save a checkpoint and end. An exception kills them.
     """
-    waiting, children, free, told = list(runs), [], shares(processes), False
+    waiting, children, free, stopping = list(runs), [], shares(processes), False
     try:
-        while children or (waiting and not told):
-            if is_stopped() and not told:
+        while children or (waiting and not stopping):
+            if is_stopped() and not stopping:
                 signal_all(children, signal.SIGTERM)  # once: a second one would end a process without a checkpoint
-                told = True
-            while waiting and free and not told:
+                stopping = True
+            while waiting and free and not stopping:
                 children.append(start(waiting.pop(0), program, free.pop(0)))
             time.sleep(POLL)
             ended, children = wait(children)

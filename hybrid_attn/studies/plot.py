@@ -58,5 +58,5 @@ def svg(results: Results, name: str) -> str:
     from hybrid_attn.evals.report.section import Picture
 
     picture = Picture(name, results.study.title, results.study.plot(results))
-    drawn = str(pictures.svg(picture))
-    return drawn.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) if "xmlns=" not in drawn else drawn
+    start, end, rest = str(pictures.svg(picture)).partition(">")
+    return f'{start}{end}<rect width="100%" height="100%" fill="white"/>{rest}\n'  # pages may be dark, and letters are
