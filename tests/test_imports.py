@@ -29,7 +29,7 @@ ALLOWED["evals"] |= {"data", "files", "characters"}
 ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "compiled", "files", "stored"}
 ALLOWED["bench"] = {*LEFT_TO_RIGHT, "convert", "data", "checkpoint", "files", "config_file", "allocator"}
-ALLOWED["studies"] = {*LEFT_TO_RIGHT, "bench", "config_file", "files"}
+ALLOWED["studies"] = {*LEFT_TO_RIGHT, "bench", "config_file", "files", "programs"}
 ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
 ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 

@@ -164,7 +164,7 @@ TRAINER = """
 import json, os, pathlib, signal, sys, time
 flags = dict(x[2:].split("=", 1) for x in sys.argv[1:])
 workdir, seed, steps = pathlib.Path(flags["workdir"]), int(flags["config.seed"]), int(flags["config.stages[0].steps"])
-(workdir / "about.json").write_text(json.dumps({"revision": "r", "versions": {"python": "3", "jax": "1", "jaxlib": "1"}}))
+(workdir / "about.json").write_text(json.dumps({"versions": {"python": "3", "jax": "1", "jaxlib": "1"}}))
 with (workdir / "starts").open("a") as file:
     file.write(",".join(map(str, sorted(os.sched_getaffinity(0)))) + "\\n")
 if os.environ.get("FAIL") == flags["config.data.seed"]:

@@ -1,7 +1,8 @@
 """Studies: configs that are trained with several seeds and compared. `tools/study.py` runs them: docs/studies.md.
 
 `study.py` has the parts of a study, `metrics.py` what is read from the workdir of a run, `runs.py` and `children.py` train the
-runs, `results.py` keeps their numbers, `statistics.py` compares them, `page.py` and `plot.py` show them.
+runs, `results.py` keeps their numbers, `statistics.py` and `compare.py` compare them, `page.py` and `plot.py` show them, and
+`program.py` puts these together.
 """
 
 from hybrid_attn.studies.metrics import SHARE, Metric, Trained, evaluated, evaluations, logged, stays_below

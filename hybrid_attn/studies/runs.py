@@ -90,8 +90,8 @@ def is_complete(run: Run) -> bool:
         return False
 
 
-def line_of(run: Run, metrics: Mapping[str, Metric]) -> dict:
-    """The line of results.jsonl of a complete run."""
+def line_of(run: Run, metrics: Mapping[str, Metric], revision: str) -> dict:
+    """The line of results.jsonl of a complete run, with the git revision that it is recorded by."""
     path = run.workdir / COST
     seconds = sum(json.loads(line)["cpu_seconds"] for line in path.read_text().splitlines())
     trained = Trained(run.workdir, run.config.total_steps, seconds, *cost(run.config))
@@ -100,5 +100,5 @@ def line_of(run: Run, metrics: Mapping[str, Metric]) -> dict:
         **{"cell": run.cell, "seed": run.seed, "config": run.hash},
         "metrics": {name: metric.read(trained) for name, metric in metrics.items()},
         **{"cpu_seconds": round(seconds, 1), "flops": trained.flops, "tokens": trained.tokens},
-        **{"revision": about["revision"], "versions": about["versions"], "machine": machine.describe()},
+        **{"revision": revision, "versions": about["versions"], "machine": machine.describe()},
     }
