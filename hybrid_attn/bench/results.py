@@ -162,6 +162,7 @@ def _figures(results: list[dict]) -> Iterable[tuple[tuple[str, str], Figure]]:
 
 def _table(part: str, side: str, result: dict) -> str:
     revision = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", result["revision"])
-    head = f"`{result['command']}`, {result['date']}, revision {revision}"
+    commands = "`, then `".join(result["command"].split(" && "))
+    head = f"`{commands}`, {result['date']}, revision {revision}"
     libraries = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     return f"### {table.find(part).title}, {side}\n\n{head}; {libraries}\n\n{section(part, result['parts'][part])}"
