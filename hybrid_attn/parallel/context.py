@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import kernels
 from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries
 from hybrid_attn.kernels.softmax import merged
-from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
+from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT, spec_of
 
 AXIS = "context"
 SlicePair = tuple[int | jax.Array, int | jax.Array]  # which slice of the queries, and which of the keys
@@ -131,6 +131,7 @@ def over_slices(function: Callable, weight: jax.Array, arrays: Any, count: int, 
         with jax.named_scope("halo"):
             before = _tokens_before(own, count)
         with_before = [_concatenate([*earlier, of_slice]) for earlier, of_slice in zip(before, own, strict=True)]
+        weight = jax.lax.pcast(weight, (*BATCH, AXIS), to="varying")  # its gradient is summed over the shards
         return jnp.concatenate([function(weight, x, _tokens(own[0])) for x in with_before], 1)
 
     return jax.shard_map(shard, out_specs=spec_of(jax.tree.leaves(arrays)[0]))(weight, arrays)
