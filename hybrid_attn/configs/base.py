@@ -31,8 +31,8 @@ def kind(**changes) -> ConfigDict:
     k.rope_scaling.high = 32.0  # yarn: beta_fast; llama3: high_freq_factor
     k.rope_scaling.attention_factor = None  # yarn: scale of cos and sin; None = 0.1 ln(factor) + 1
     k.rope_scaling.truncate = True  # yarn: whether the ends of its ramp are whole dimensions (gpt-oss: False)
-    # Tokens of a causal convolution on the normed input of the mixer, with a residual and weights for each dimension that start
-    # at zero: each token gets those right before it added (Canon-A, arXiv 2512.17351: 4). It gives positions without RoPE.
+    # Tokens of a causal convolution on the input of the mixer: each token becomes itself plus a weighted sum of itself and the
+    # tokens right before it (Canon-A, arXiv 2512.17351: 4). Each dimension has its own weights, which start at zero.
     k.short_conv = None  # None = no convolution
     k.qk_norm = "none"  # none | layernorm | rms | rms_plus1 | rms_weightless
     k.qk_norm_scope = "head_dim"  # weight: head_dim (shared by heads) | head (one per head) | projection (norm over all heads)

@@ -1,7 +1,7 @@
 // Attention in float32 on a CPU, forward and backward ("FlashAttention", arXiv 2205.14135): the XLA custom calls of native.py.
 //
 // A query sees the keys first <= s < end. A block of 64 queries loops over tiles of 384 keys, whose scores stay in the L2 cache.
-// Scores that none of six queries sees are not computed, where whole vectors of keys are such.
+// Scores are computed for six queries at a time, and only for vectors of keys of which at least one of the six sees a key.
 // Every product is `product`, whose inner loop keeps 6 rows by 4 vectors of sums in registers, as many as AVX-512 has. Keys, and
 // in the backward pass values too, come transposed, in panels of 64 keys: [B, K, panels, H, 64], padded with zeros.
 
@@ -28,7 +28,7 @@ struct Range {
 struct Tile {  // keys from `first` on: `keys` of them, of whole panels, of which the sequence has `real`
   int64_t first;
   int keys, real;
-  Range seen[(QUERIES + ROWS - 1) / ROWS];  // of each ROWS queries: the keys that any of them sees, and to whole vectors
+  Range seen[(QUERIES + ROWS - 1) / ROWS];  // for each ROWS queries: the keys that at least one of them sees, widened to whole vectors
 };
 
 struct Block {  // queries from `start` on of a sequence, and what they see: keys from `begin`, the start of a panel, to `end`

@@ -20,7 +20,7 @@ Convolve = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
 class Exchange(NamedTuple):
-    """The two functions through which a layer sees other tokens; `convolve` is that of its short convolution, if it has one."""
+    """The functions by which the tokens of a layer see each other: attention, and the short convolution of a layer with one."""
 
     attend: Attend
     convolve: Convolve

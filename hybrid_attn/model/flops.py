@@ -33,7 +33,7 @@ def active_parameters(model: Model) -> int:
 
 
 def sequence_flops(model: Model, length: int) -> float:
-    """FLOPs between the tokens of one document of `length`, in all layers: those that no product of a single token has."""
+    """FLOPs of one document of `length` in all layers beyond its products with weights, such as those of scores."""
     return sum(
         number * MIXERS[model.kinds[letter].mixer].sequence_flops(model, model.kinds[letter], length)
         for _, letters, number in model.groups

@@ -57,8 +57,8 @@ class Mixer(Protocol):
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Aux, Any]:
         """What the layer adds to the residual stream, [B, T, D], its aux, and what else `attend` returns beside its output.
 
-        `x_BTD` are the normed activations. `attend` compares queries with the keys of packed sequences or of a cache. The aux
-        is as that of a `FeedForward`.
+        `x_BTD` is the input of the mixer: normed except in the block "post", and after the short convolution if there is one.
+        `attend` compares queries with the keys of packed sequences or of a cache. The aux is as that of a `FeedForward`.
         """
 
     @staticmethod

@@ -121,8 +121,8 @@ def _on_this_shard(options: ContextOptions, queries: Queries, keys: Keys, sinks_
 def over_slices(function: Callable, weight: jax.Array, arrays: Any, count: int, zigzag: bool) -> jax.Array:
     """[B, T, ...] of `function(weight, arrays, tokens)`, which computes each slice of a sequence that the mesh may split.
 
-    It gets the arrays of the slice, of so many tokens, after those of up to `count` tokens right before it: fewer, or zeros, at
-    the beginning of the sequence.
+    `function` gets the arrays of up to `count` tokens right before the slice and then those of the slice, which has `tokens`
+    tokens. At the beginning of the sequence the earlier ones are missing, or zeros.
     """
     slices = 2 if _is_zigzag(zigzag) else 1
 
@@ -150,7 +150,7 @@ def _halo(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax
 def _tokens_before(own: list, number: int) -> list[list]:
     """For each slice of this shard the arrays of the `number` tokens right before it, in reading order.
 
-    Before the sequence there are none, or zeros, which are padding.
+    The first slices get fewer tokens, or zeros, which are padding.
     """
     size, num_slices = _tokens(own[0]), jax.lax.axis_size(AXIS) * len(own)
     before: list[list] = [[] for _ in own]

@@ -24,7 +24,7 @@ from hybrid_attn.trees import check
 OPTIMISER = "optim.optimiser"
 # Of initial parameters and rates alone.
 INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth", "model.low_rank.init")
-LATER = ("short_conv",)  # fields of a layer type that count where they are set: digests of before hold without them
+LATER = ("short_conv",)  # newer fields of a layer type, left out of the digest where they are None: older digests stay valid
 LAYOUT = ("model.prefix", "model.pattern")
 # Of checkpoints that do not name these of their stage, or of its preference.
 OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None, "trainable": []} | SETTINGS

@@ -22,6 +22,8 @@ STUDY = Study(
         Claim("RNoPE-SWA recalls more than NoPE in every layer.", "rnope_swa", "nope", FARTHEST, True),
         Claim("Windows make RNoPE recall more.", "rnope_swa", "rnope", FARTHEST, True),
         Claim("QK-norm makes RoPE recall less.", "rope", "qk_norm", FARTHEST, True),
+        Claim("Without windows, RNoPE recalls more than RoPE in every layer.", "rnope", "rope", FARTHEST, True),
+        Claim("RoPE in every layer learns sooner than NoPE.", "rope", "nope", "loss below 0.1 from step"),
     ),
     plot=Curves({"": over_metrics(LAYOUTS, RECALL)}, "tokens", "right answers", "share", (64,)),
     seeds=3,

@@ -44,7 +44,7 @@ class LayerCache(NamedTuple):
 class Cache(NamedTuple):
     """The cache of every layer, and how many tokens of each request it has read.
 
-    `inputs` are the last [B, U, D] of each layer's short convolution, zeros before the request; None for a layer without one.
+    `inputs` are the last U inputs [B, U, D] of each layer's short convolution, zeros before the request; None without one.
     """
 
     layers: tuple[LayerCache, ...]
