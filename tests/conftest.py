@@ -83,7 +83,7 @@ def pytest_configure(config: pytest.Config):
 
 
 def pytest_itemcollected(item: pytest.Item):
-    """What is exhaustive is slow."""
+    """Marks exhaustive tests as slow too, so that -m 'not slow' leaves them out."""
     if item.get_closest_marker("exhaustive"):
         item.add_marker("slow")
 
@@ -96,9 +96,9 @@ def compile_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_step", functools.cache(step.make_step))
         patch.setattr(curves, "write", lambda *_: None)  # drawing the loss of a run takes a second
-        # Each device of these meshes would write a part of an array of some bytes, and compile a program that cuts it off.
+        # Orbax would have each device write a part of every replicated array, and compile a program that cuts it out.
         handler = ocp.type_handlers.get_type_handler(jax.Array)
-        patch.setattr(handler, "_min_slice_bytes_for_replica_parallel", 2**20, raising=False)
+        patch.setattr(handler, "_min_slice_bytes_for_replica_parallel", 2**20)
         yield
 
 

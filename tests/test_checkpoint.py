@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from saved import CONFIG, DATA, abstract_of, assert_same_bits, reopen, sharding_of, state_of, truncate, write
 
@@ -37,6 +38,16 @@ def test_a_checkpoint_is_restored_on_another_mesh_and_in_another_precision(tmp_p
     assert_same_bits(state, expected)
     assert state.params["embed"].sharding == embed.sharding
     assert state.params["embed"].addressable_shards[0].data.shape == (6, 8)
+
+
+def test_replicated_arrays_that_every_device_writes_a_part_of_are_read_as_others(tmp_path, monkeypatch):
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    monkeypatch.setattr(handler, "_min_slice_bytes_for_replica_parallel", None)  # Orbax's default, which conftest.py changes
+    write(tmp_path, 5)
+    assert_same_bits(reopen(tmp_path).restore(abstract_of(state_of()))[1], state_of(5))
+    stacked = state_of(5).params["periods"]["L0"]["q"]
+    slices = [*checkpoint.read_slices(tmp_path, "periods/L0/q", stacked.shape)]
+    np.testing.assert_array_equal(np.stack(slices).astype(np.float32), np.asarray(stacked).astype(np.float32))
 
 
 def test_a_state_may_be_donated_and_its_data_changed_as_soon_as_save_returns(tmp_path):

@@ -106,8 +106,9 @@ def test_a_mesh_trains_those_named_and_no_others_and_the_norm_is_that_of_their_g
         np.testing.assert_allclose(x, 0.25 * old[name] + 0.75 * new[name], atol=1e-6, err_msg=name)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize(
+    "optimiser", [pytest.param(x, marks=pytest.mark.slow if x == "muon" else pytest.mark.exhaustive) for x in OPTIMISERS]
+)
 def test_every_optimiser_trains_those_named_alone_on_a_mesh_as_on_one_device(optimiser):
     c = config_of(changes={"optim.optimiser": optimiser})
     one, many = (stepped(mesh, c, 0, 1) for mesh in (mesh_of(), mesh_of(fsdp=2, context=2, tensor=2)))
