@@ -41,10 +41,19 @@ def arrays(*names, heads=(6, 2), dtype="float32", seed=0):
 
 @pytest.mark.parametrize(
     "window, heads, dtype",
-    [(None, (6, 2), "float32"), (1, (6, 2), "float32"), (300, (2, 1), "float32"), (70, (6, 2), "bfloat16")],
+    [
+        (None, (6, 2), "float32"),
+        (1, (6, 2), "float32"),
+        (300, (2, 1), "float32"),
+        (400, (6, 2), "float32"),
+        (70, (6, 2), "bfloat16"),
+    ],
 )
 def test_it_equals_the_reference_in_values_and_gradients(window, heads, dtype):
-    """With one sequence and one key/value head, threads share its keys, and sum what each adds to their gradients."""
+    """Threads share the keys of one sequence with one key/value head, and sum what each adds to their gradients.
+
+    A window of 400 is longer than a tile of keys.
+    """
     names = ("packed", "padding") if heads[1] > 1 else ("packed",)
     q, k, v, pos, seg = arrays(*names, heads=heads, dtype=dtype)
     got, expected = (outcome(q, k, v, pos, pos, seg, seg, None, kernel, window) for kernel in ("native", "reference"))
