@@ -67,8 +67,8 @@ def ring(y: float) -> list[str]:
     for turn in range(3):
         labels = [f"keys of {(i - turn) % SHARDS}" for i in range(SHARDS)]
         parts += shards(y + 14 + 52 * turn, labels, "globalfill")
-    for i in range(SHARDS):
-        parts += [arrow((84 + 152 * i, y + 56), (84 + 152 * ((i + 1) % SHARDS), y + 64))] if i < SHARDS - 1 else []
+    for i in range(SHARDS - 1):
+        parts.append(arrow((84 + 152 * i, y + 56), (84 + 152 * (i + 1), y + 64)))
     parts.append(
         text(
             20,

@@ -4,7 +4,7 @@ python docs/support.py --why=ring              # the tests behind a row of the p
 
 A test is about an entry of a table if the name of the entry is a word of the test: of its id, of its parameters, of the texts
 in its code, or of those of the functions of its module that it calls. Of tests that compile, in processes of their own, and of
-tests/oracle, which needs other libraries, the words are those of a file. Nothing is run. It needs the packages of `make test`.
+tests/oracle, which needs other libraries, the names are those in a file. Nothing is run. It needs the packages of `make test`.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def texts(value, depth: int = 4):
         yield from (text for x in value.co_consts for text in texts(x, depth - 1))
 
 
-def words(item: pytest.Function) -> set[str]:
-    """The words of a test, of its parameters, and of the functions of its module that it calls."""
+def names_in(item: pytest.Function) -> set[str]:
+    """The names in a test, of its parameters, and of the functions of its module that it calls."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     used, codes = [item.name, *item.keywords, parameters], [item.function.__code__]
     seen = set()
@@ -111,17 +111,17 @@ def words(item: pytest.Function) -> set[str]:
 
 
 class Collected:
-    """A plugin of pytest that keeps the words of each test that is collected."""
+    """A plugin of pytest that keeps the names in each test that is collected."""
 
     def __init__(self):
         self.tests: dict[str, set[str]] = {}
 
     def pytest_collection_finish(self, session) -> None:
-        self.tests = {item.nodeid: words(item) for item in session.items}
+        self.tests = {item.nodeid: names_in(item) for item in session.items}
 
 
 def collect() -> dict[str, set[str]]:
-    """The words of every test, by its name; of each file of tests/oracle as one."""
+    """The names in every test, by its name; of each file of tests/oracle as one."""
     collected = Collected()
     with contextlib.redirect_stdout(io.StringIO()):
         code = pytest.main(["--collect-only", "-p", "no:cacheprovider", str(ROOT / "tests")], plugins=[collected])
@@ -129,7 +129,7 @@ def collect() -> dict[str, set[str]]:
         sys.exit(f"pytest could not collect the tests: exit code {int(code)}")
     files = [*(ROOT / "tests").glob("test_aot*.py"), *(ROOT / "tests" / "oracle").glob("test_*.py")]
     of_files = {str(path.relative_to(ROOT)): set(re.findall(r"\w+", path.read_text())) for path in sorted(files)}
-    return {test: its_words for test, its_words in collected.tests.items() if "test_aot" not in test} | of_files
+    return {test: names for test, names in collected.tests.items() if "test_aot" not in test} | of_files
 
 
 def is_of(column: str, test: str) -> bool:
@@ -152,7 +152,7 @@ def columns_of(title: str) -> list[str]:
 
 
 def row(name: str, columns: list[str], tests: dict[str, set[str]]) -> str:
-    about = [test for test, its_words in tests.items() if name in its_words]
+    about = [test for test, names in tests.items() if name in names]
     shown = [x for x in columns if any(is_of(x, test) for test in about) and (x != "CPU" or runs_on_cpu(name))]
     return f"| `{name}` | " + " | ".join("yes" if x in shown else "—" for x in columns) + " |"
 
@@ -171,10 +171,10 @@ if __name__ == "__main__":
     parser.add_argument("--why", help="an entry of a table, such as ring")
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
     arguments = parser.parse_args()
-    found = collect()
+    tests = collect()
     if arguments.why:
-        print(*(test for test, its_words in found.items() if arguments.why in its_words), sep="\n")
+        print(*(test for test, names in tests.items() if arguments.why in names), sep="\n")
     elif arguments.check:
-        sys.exit(None if PAGE.read_text() == page(found) else "docs/support.md is old: python docs/support.py")
+        sys.exit(None if PAGE.read_text() == page(tests) else "docs/support.md is old: python docs/support.py")
     else:
-        PAGE.write_text(page(found))
+        PAGE.write_text(page(tests))

@@ -240,7 +240,7 @@ def test_lines_of_another_config_are_reported_and_not_mixed_in(folder, capsys):
     study_of(capsys, "s")
     (folder / "study.py").write_text(WRITTEN.replace("0.5", "0.25"))
     code, out, _ = study_of(capsys, "s", "--only=a")
-    assert code == 0 and "left out, for their config or their metrics are others than now: b seed 0, b seed 1\n" in out
+    assert code == 0 and "left out, because their config or metrics have changed: b seed 0, b seed 1\n" in out
     assert re.search(r"\| b +\| — ", out) and len(lines_of(folder)) == 4
     study_of(capsys, "s")
     assert len([path for path in Path("runs/studies/s/b").iterdir()]) == 4 and len(lines_of(folder)) == 4

@@ -43,9 +43,9 @@ def evaluated(evaluation: str, field: str, where: Mapping[str, object], **look) 
     """
 
     def read(run: Trained) -> float | None:
-        wanted = {"eval": evaluation, "step": run.step, **where}
-        lines = [line for line in evaluations(run.workdir) if all(line.get(key) == x for key, x in wanted.items())]
-        shown, path = ", ".join(f"{key}={x!r}" for key, x in wanted.items()), run.workdir / EVALS
+        values = {"eval": evaluation, "step": run.step, **where}
+        lines = [line for line in evaluations(run.workdir) if all(line.get(key) == x for key, x in values.items())]
+        shown, path = ", ".join(f"{key}={x!r}" for key, x in values.items()), run.workdir / EVALS
         check(len(lines) == 1, f"{path} has {len(lines)} lines with {shown}, and a metric is read from one")
         check(field in lines[0], f"{path}: the line with {shown} has no {field!r}; it has {', '.join(lines[0])}")
         return lines[0][field]

@@ -70,7 +70,7 @@ class Progress:
         print(f"{self.done}/{self.number}  {run.name}  {line['cpu_seconds']:.0f} CPU s  {shown}", flush=True)
 
     def without_recorded(self, missing: Sequence[runs.Run]) -> list[runs.Run]:
-        """The runs that must be trained or evaluated: what a workdir has of a complete one is recorded now."""
+        """The runs that still need training or evaluation; those whose workdir is complete are recorded now."""
         left = []
         for run in missing:
             try:
@@ -116,12 +116,12 @@ def run(folder: str, options: Options) -> int:
     job = job_of(Path(os.path.normpath(folder)), options)
     cells, seeds = job.study.chosen(options.only), options.seeds or job.study.seeds
     with files.lock(job.root):
-        most = max([seeds, *(line["seed"] + 1 for folder in (job.out, job.folder) for line in results.read(folder))])
+        most = max([seeds, *(line["seed"] + 1 for x in (job.out, job.folder) for line in results.read(x))])
         known = {(x.cell, x.seed): x for x in runs.runs_of(job.study, job.folder, job.root, list(job.study.cells), most)}
         current, others = job.read(known, job.out)
         if others:
             names = ", ".join(f"{line['cell']} seed {line['seed']}" for line in others)
-            print(f"{job.out / results.FILE}: left out, for their config or their metrics are others than now: {names}")
+            print(f"{job.out / results.FILE}: left out, because their config or metrics have changed: {names}")
         chosen = [x for x in known.values() if x.cell in cells and x.seed < seeds]
         missing = [x for x in chosen if x.seed not in current.of(x.cell)]
         print(f"{len(chosen)} runs; {len(missing)} are not recorded yet; workdirs: {job.root}", flush=True)
@@ -131,7 +131,7 @@ def run(folder: str, options: Options) -> int:
 
 
 def show(job: Job, current: results.Results, recorded: results.Results) -> None:
-    """Writes the plot and the page, and prints what they say; beside it what the study's folder has, if that is another one."""
+    """Writes plot and page and prints them; with --out it also compares with the recorded results of the study."""
     if not current.lines:
         return
     path, picture = job.out / (job.study.page if job.out == job.folder else "README.md"), job.out / page.PLOT

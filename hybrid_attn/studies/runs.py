@@ -97,8 +97,14 @@ def line_of(run: Run, metrics: Mapping[str, Metric], revision: str) -> dict:
     trained = Trained(run.workdir, run.config.total_steps, seconds, *cost(run.config))
     about = read_object(run.workdir / "about.json")
     return {
-        **{"cell": run.cell, "seed": run.seed, "config": run.hash},
+        "cell": run.cell,
+        "seed": run.seed,
+        "config": run.hash,
         "metrics": {name: metric.read(trained) for name, metric in metrics.items()},
-        **{"cpu_seconds": round(seconds, 1), "flops": trained.flops, "tokens": trained.tokens},
-        **{"revision": revision, "versions": about["versions"], "machine": machine.describe()},
+        "cpu_seconds": round(seconds, 1),
+        "flops": trained.flops,
+        "tokens": trained.tokens,
+        "revision": revision,
+        "versions": about["versions"],
+        "machine": machine.describe(),
     }

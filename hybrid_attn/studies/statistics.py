@@ -40,18 +40,18 @@ def mean_of(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) ->
     return Mean(*mean_within(np.array(values), bounds), len(values))
 
 
-class Test(NamedTuple):
+class PairedTest(NamedTuple):
     """A paired t test: the mean difference with its interval, and the two-sided p, NaN where the differences have no spread."""
 
     difference: Mean
     p: float
 
 
-def paired(better: Sequence[float], worse: Sequence[float]) -> Test:
+def paired(better: Sequence[float], worse: Sequence[float]) -> PairedTest:
     """Of the values of two cells, in the same order of seeds."""
     differences = np.subtract(better, worse)
     mean = mean_of(differences)
-    return Test(mean, math.nan if math.isnan(mean.low) else float(stats.ttest_rel(better, worse).pvalue))
+    return PairedTest(mean, math.nan if math.isnan(mean.low) else float(stats.ttest_rel(better, worse).pvalue))
 
 
 def verdict(results: Results, claim: Claim | Reach) -> str:
@@ -76,7 +76,7 @@ def _of_claim(results: Results, claim: Claim) -> str:
     return f"{_decision(test, metric.higher_is_better)} (p = {test.p:.2g}, {n}): {claim.sentence} {shown}."
 
 
-def _decision(test: Test, higher_is_better: bool) -> str:
+def _decision(test: PairedTest, higher_is_better: bool) -> str:
     if test.p >= P:
         return "not shown"
     return "shown" if (test.difference.mean > 0) == higher_is_better else "the opposite is shown"

@@ -76,9 +76,10 @@ class Study:
         check(bool(self.cells) and bool(self.metrics), f"the study {self.title!r} needs a cell and a metric at least")
         for name in self.cells:
             check(NAME.fullmatch(name) is not None, f"the cell {name!r} becomes a folder: use letters, digits, and any of _.+-")
-        self._check_names(
-            "metric", self.metrics, [*[x for x in (self.sorted_by,) if x], *[x for x in (self.learned or ())[:1]]]
-        )
+        if self.sorted_by is not None:
+            self._check_names("metric", self.metrics, [self.sorted_by])
+        if self.learned is not None:
+            self._check_names("metric", self.metrics, [self.learned[0]])
         for claim in self.claims:
             self._check_names("metric", self.metrics, [claim.metric])
             is_claim = isinstance(claim, Claim)
