@@ -105,4 +105,4 @@ def test_a_recipe_that_cannot_be_shown_is_an_error(program, recipe, arguments, m
         shown(program, recipe, "--out=recipe.png", *arguments)
     error = capsys.readouterr().err
     assert (ended.value.code, len(error.splitlines())) == (2, 1) and message in error
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.py"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["recipe.py"]
