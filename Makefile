@@ -22,7 +22,7 @@ train: .venv/.train $(EXTRA:%=.venv/.%)
 
 # The layouts of the paper on the recall probe, three seeds: half an hour on two cores; ARGS="--seeds=1" takes a third of it.
 reproduce: .venv/.train
-	$(VENV_PYTHON) tools/study.py studies/layouts --out=runs/reproduce $(ARGS)
+	$(VENV_PYTHON) tools/study.py studies/layouts --seeds=3 --out=runs/reproduce $(ARGS)
 
 test: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)

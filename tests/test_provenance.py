@@ -22,5 +22,11 @@ def test_the_revision_is_of_the_file_and_says_what_was_changed(tmp_path):
     head = git(tmp_path, "rev-parse", "HEAD")
     assert revision(ours) == head
     assert revision(other) == "not in a git repository"  # which has only the file beside it
+    (tmp_path / "README.md").write_text("one page")
+    git(tmp_path, "add", "README.md")
+    git(tmp_path, "commit", "-m", "second")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "README.md").write_text("another page, which no run depends on")
+    assert revision(ours) == head
     ours.write_text("changed")
     assert revision(ours) == f"{head}-dirty"

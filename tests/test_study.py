@@ -164,7 +164,8 @@ TRAINER = """
 import json, os, pathlib, signal, sys, time
 flags = dict(x[2:].split("=", 1) for x in sys.argv[1:])
 workdir, seed, steps = pathlib.Path(flags["workdir"]), int(flags["config.seed"]), int(flags["config.stages[0].steps"])
-(workdir / "about.json").write_text(json.dumps({"versions": {"python": "3", "jax": "1", "jaxlib": "1"}}))
+about = {"versions": {"python": "3", "jax": "1", "jaxlib": "1"}, "revision": "0123"}
+(workdir / "about.json").write_text(json.dumps(about))
 with (workdir / "starts").open("a") as file:
     file.write(",".join(map(str, sorted(os.sched_getaffinity(0)))) + "\\n")
 if os.environ.get("FAIL") == flags["config.data.seed"]:
@@ -224,6 +225,15 @@ def test_a_study_trains_every_cell_and_seed_once(folder, capsys):
     assert lines_of(folder) == [("a", 0, 1.0), ("a", 1, 2.0), ("b", 0, 1.0), ("b", 1, 2.0)]
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {1}
     assert page.BEGIN in (folder / "README.md").read_text() and (folder / "plot.svg").read_text().startswith("<svg")
+
+
+def test_studies_side_by_side_share_their_runs(folder, capsys):
+    study_of(capsys, "s", "--seeds=1")
+    shutil.copytree(folder, "t", ignore=shutil.ignore_patterns("results.jsonl"))
+    (Path("t") / "study.py").write_text(WRITTEN.replace('"b"', '"c"').replace("0.5", "0.25"))
+    code, out, _ = study_of(capsys, "t", "--seeds=1")
+    assert code == 0 and lines_of(Path("t")) == [("a", 0, 1.0), ("c", 0, 1.0)]
+    assert [path.name for path in Path("runs/studies/t").iterdir() if path.is_dir()] == ["c"]
 
 
 def test_a_failed_run_loses_no_other_and_is_tried_again(folder, capsys, monkeypatch):

@@ -13,6 +13,8 @@ from hybrid_attn.evals.report import layers
 from hybrid_attn.evals.types import EvalContext
 from hybrid_attn.model import flops
 
+WRITTEN = (":(top,exclude)*.md", ":(top,exclude)*.svg", ":(top,exclude)studies/*/results.jsonl")  # in the patterns of git
+
 
 def provenance(
     checkpoint: str, step: int, c: config.Config | config.CheckpointConfig, values: Mapping, context: EvalContext
@@ -38,14 +40,18 @@ def provenance(
 
 
 def revision(file: Path) -> str:
-    """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed."""
+    """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed.
+
+    Pages, pictures and recorded results do not count, because programs write them and no run depends on them.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", file.name)  # the repository around it may be of something else
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *WRITTEN)
+        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
     except subprocess.CalledProcessError:
         return "not in a git repository"
     except OSError as cause:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from hybrid_attn import files, programs
 from hybrid_attn.bench.machine import threads
-from hybrid_attn.evals.provenance import revision
 from hybrid_attn.studies import children, page, plot, results, runs, study
 from hybrid_attn.studies.compare import compared
 from hybrid_attn.trees import check
@@ -41,10 +40,10 @@ class Job(NamedTuple):
 
 
 class Progress:
-    """Records the runs that end, with the git revision at the start of the program, and prints a line for each."""
+    """Records the runs that end, and prints a line for each."""
 
-    def __init__(self, job: Job, number: int, at: str):
-        self.job, self.number, self.revision, self.done, self.interrupted = job, number, at, 0, False
+    def __init__(self, job: Job, number: int):
+        self.job, self.number, self.done, self.interrupted = job, number, 0, False
         self.failed: list[str] = []
 
     def ended(self, ended: children.Ended) -> None:
@@ -63,7 +62,7 @@ class Progress:
     def record(self, run: runs.Run) -> None:
         """Writes the line of a complete run; ValueError where its workdir lacks a metric."""
         chosen, _, out, _ = self.job
-        line = runs.line_of(run, chosen.metrics, self.revision)
+        line = runs.line_of(run, chosen.metrics)
         results.write(out, results.with_line(results.read(out), line), list(chosen.cells))
         self.done += 1
         shown = ", ".join(f"{name} {metric.show(line['metrics'][name])}" for name, metric in chosen.metrics.items())
@@ -93,7 +92,7 @@ def job_of(folder: Path, options: Options) -> Job:
 
 def train(job: Job, missing: Sequence[runs.Run], options: Options) -> Progress:
     """Trains what is missing; Ctrl-C and SIGTERM have the runs save a checkpoint and end."""
-    progress = Progress(job, len(missing), revision(Path(__file__)))
+    progress = Progress(job, len(missing))
     missing = progress.without_recorded(missing)
 
     def is_stopped() -> bool:

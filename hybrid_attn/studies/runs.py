@@ -41,8 +41,14 @@ class Run:
 
     @property
     def workdir(self) -> Path:
-        """Its name has the hash, so that no run goes on from the checkpoint of another config."""
-        return self.root / self.cell / f"{self.seed}-{self.hash}"
+        """Its name has the hash, so that no run goes on from the checkpoint of another config, and studies share runs.
+
+        It is in `root`, unless another study, whose folder of workdirs is beside `root`, began the same run before.
+        """
+        name = f"{self.seed}-{self.hash}"
+        own = self.root / self.cell / name
+        others = [] if own.exists() else sorted(self.root.parent.glob(f"*/*/{name}"))
+        return others[0] if others else own
 
     @property
     def log(self) -> Path:
@@ -90,8 +96,8 @@ def is_complete(run: Run) -> bool:
         return False
 
 
-def line_of(run: Run, metrics: Mapping[str, Metric], revision: str) -> dict:
-    """The line of results.jsonl of a complete run, with the git revision that it is recorded by."""
+def line_of(run: Run, metrics: Mapping[str, Metric]) -> dict:
+    """The line of results.jsonl of a complete run."""
     path = run.workdir / COST
     seconds = sum(json.loads(line)["cpu_seconds"] for line in path.read_text().splitlines())
     trained = Trained(run.workdir, run.config.total_steps, seconds, *cost(run.config))
@@ -104,7 +110,7 @@ def line_of(run: Run, metrics: Mapping[str, Metric], revision: str) -> dict:
         "cpu_seconds": round(seconds, 1),
         "flops": trained.flops,
         "tokens": trained.tokens,
-        "revision": revision,
+        "revision": about["revision"],
         "versions": about["versions"],
         "machine": machine.describe(),
     }

@@ -18,7 +18,7 @@ RULES = {  # values that every row has
     "data.sources.probe.pairs": 4,
     "evals.names": ("recall",),
     "evals.lengths": (1.0, 2.0, 4.0, 8.0, 16.0),
-    "evals.tokens": 131_072,
+    "evals.tokens": 65_536,
     "evals.every": None,
     "init_from.path": None,
 }

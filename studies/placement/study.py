@@ -1,0 +1,32 @@
+"""The place of the global layers, and their number at equal bytes of the KV cache of long sequences."""
+
+from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells, over_metrics
+from studies.probe import FARTHEST, LEARNED, METRICS, RECALL
+
+PLACES = {
+    "last": "LLLGLLLG", "first": "GLLLGLLL", "clustered_last": "LLLLLLGG", "clustered_first": "GGLLLLLL",
+    "clustered_middle": "LLLGGLLL", "ends": "GLLLLLLG",
+}  # fmt: skip
+# Global layers times key/value heads is 4: the windows keep little beside it.
+RATIOS = {"1to1": "LGLGLGLG-1", "3to1": "LLLGLLLG-2", "7to1": "LLLLLLLG-4"}
+CELLS = PLACES | {name: RATIOS[name] for name in ("1to1", "7to1")}
+
+STUDY = Study(
+    title="Where the global layers stand",
+    question="Should global layers come first or last, spread or clustered, and how many, at equal bytes of the KV cache?",
+    cells={name: Cell(f"config.py:{layers}") for name, layers in CELLS.items()},
+    metrics=METRICS,
+    learned=LEARNED,
+    claims=(
+        Claim("Global layers at the end of each period recall more than at its beginning.", "last", "first", FARTHEST),
+        Claim("Spread global layers recall more than two at the end.", "last", "clustered_last", FARTHEST),
+        Claim("Two at the end recall more than two at the beginning.", "clustered_last", "clustered_first", FARTHEST),
+        Claim("3:1 recalls more than 1:1 at equal bytes.", "last", "1to1", FARTHEST),
+        Claim("3:1 recalls more than 7:1 at equal bytes.", "last", "7to1", FARTHEST),
+    ),
+    plot=Curves(
+        {"place": over_metrics([*PLACES], RECALL), "local to global layers": over_cells(
+            {f"{n:,} tokens": {"1:1": "1to1", "3:1": "last", "7:1": "7to1"} for n in (64, 1024)}, FARTHEST)},
+        "", "right answers", "share",
+    ),
+)  # fmt: skip
