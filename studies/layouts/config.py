@@ -17,10 +17,10 @@ def get_config(argument: str = "rnope_swa"):
     c.data.sources["letters"] = base.source(task="copy")
     stage = c.stages[0]
     stage.mixture = ConfigDict({"probe": 0.5, "letters": 0.5})
-    stage.steps = 1600
-    c.optim.lr = 3e-3
+    stage.steps = 1000
+    c.optim.optimiser, c.optim.lr = "muon", 1e-2
     c.train.log_every = 25
-    c.train.checkpoint_every = 400
+    c.train.checkpoint_every = 250
     c.train.sinks = ()
     c.evals.names = ("recall",)
     c.evals.tokens = 65_536

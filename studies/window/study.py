@@ -5,7 +5,7 @@ from studies.probe import CONFIG, FARTHEST, LEARNED, METRICS, NEAR
 
 GLOBALS = {"NoPE": "rnope_swa", "RoPE": "swa_rope"}
 WINDOWS = (4, 16, 48)
-STEPS = {"1x": 1600, "2x": 3200}  # tokens, as multiples of those of studies/layouts
+STEPS = {"1x": 1000, "2x": 2000}  # tokens, as multiples of those of studies/layouts
 
 
 def name(layer: str, window: int, tokens: str) -> str:
