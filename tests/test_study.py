@@ -6,8 +6,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import tool
 
 from hybrid_attn.programs import parse
 from hybrid_attn.studies import (
+    POSITIVE,
     SHARE,
     Cell,
     Claim,
@@ -33,7 +36,7 @@ from hybrid_attn.studies import (
 from hybrid_attn.studies import metrics as read_by
 from hybrid_attn.studies.compare import compared
 from hybrid_attn.studies.results import Results, current, read
-from hybrid_attn.studies.statistics import mean_of, paired, verdict
+from hybrid_attn.studies.statistics import mean_of, ordered, paired, verdict
 
 STUDY = Study(
     title="Two cells",
@@ -41,7 +44,7 @@ STUDY = Study(
     cells={"one": Cell("one.py"), "two": Cell("one.py", {"optim.lr": 1e-3})},
     metrics={
         "right": Metric(lambda run: None, bounds=SHARE),
-        "steps": Metric(lambda run: None, "{:,.0f}", higher_is_better=False),
+        "steps": Metric(lambda run: None, "{:,.0f}", POSITIVE, higher_is_better=False),
     },
     plot=Curves({"": over_metrics(("one", "two"), {64: "right", 128: "right"})}, "tokens", "right answers"),
     learned=("right", 0.5),
@@ -79,6 +82,12 @@ def test_a_paired_test_is_that_of_the_differences():
     assert math.isnan(paired([0.9, 0.8], [0.5, 0.4]).p)
 
 
+def test_the_interval_of_a_difference_of_shares_ends_at_1():
+    one, two = [1.0, 1.0, 0.5], [0.0, 0.1, 0.0]
+    assert paired(one, two, SHARE).difference.high == 1 and paired(two, one, SHARE).difference.low == -1
+    assert paired(one, two, POSITIVE).difference.high > 1
+
+
 CLAIM = Claim("One is better.", "one", "two", "right")
 CLOSE = {"one": [(0.90, 9), (0.91, 9), (0.92, 9)], "two": [(0.10, 9), (0.12, 9), (0.11, 9)]}
 
@@ -90,12 +99,16 @@ CLOSE = {"one": [(0.90, 9), (0.91, 9), (0.92, 9)], "two": [(0.10, 9), (0.12, 9),
         (CLOSE, dataclasses.replace(CLAIM, better="two", worse="one"), "the opposite is shown (p = 5.2e-05, n = 3 seeds)"),
         ({"one": [(1, 5), (1, 3)], "two": [(1, 7), (1, 4)]}, dataclasses.replace(CLAIM, metric="steps"), "not shown (p = 0.2,"),
         ({"one": [(0.9, 1)] * 3, "two": [(0.8, 1)] * 3}, CLAIM, "not tested (n = 3 seeds, all with the same difference)"),
-        ({"one": [(0.9, 1)] * 3, "two": [(0.8, 1)]}, CLAIM, "not tested (n = 1 seeds)"),
+        ({"one": [(0.9, 1)] * 3, "two": [(0.8, 1)]}, CLAIM, "not tested (n = 1 seed): One is better."),
         (CLOSE, dataclasses.replace(CLAIM, of_learned=True), "not tested (n = 0 seeds in which both learned)"),
-        (CLOSE, Reach("One keeps it.", "one", "right", 0.9), "holds (n = 3 of 3 seeds, those that learned; right: 0.900, 0.91"),
-        (CLOSE, Reach("One keeps it.", "one", "right", 0.905), "holds in 2 of 3 seeds"),
-        (CLOSE, Reach("Two keeps it.", "two", "right", 0.9), "not tested (n = 0 of 3 seeds"),
-        ({"one": [(1, None), (1, 3)]}, Reach("In time.", "one", "steps", 4), "holds in 1 of 2 seeds (n = 2 of 2"),
+        (CLOSE, Reach("One keeps it.", "one", "right", 0.905),
+         "holds in 2 of 3 seeds that learned the task (a count, no test; right: 0.900, 0.910, 0.920): One keeps it."),
+        (CLOSE, Reach("Two keeps it.", "two", "right", 0.9),
+         "not counted (3 seeds, of which none learned the task; right: 0.100, 0.120, 0.110): Two keeps it."),
+        ({"one": [(1, 3), (0.1, 9)]}, Reach("In time.", "one", "steps", 4),
+         "holds in 1 of 1 seed that learned the task (a count, no test; steps: 3; 9 in 1 seed that did not learn it): In"),
+        ({"one": [(1, None), (1, 3)]}, Reach("In time.", "one", "steps", 4),
+         "holds in 1 of 2 seeds that learned the task (a count, no test; steps: none, 3): In time."),
     ],
 )  # fmt: skip
 def test_a_verdict_says_p_and_n(values, claim, starts):
@@ -107,27 +120,47 @@ def test_the_table_counts_what_learned_and_what_is_missing():
     assert [x.strip() for x in rows[2].split("|")[1:-1]] == [
         "one",
         "0.700 (0.043 to 1.000)",
-        "200 (-1,071 to 1,471), 2 of 3",
+        "200 (0 to 1,471), 2 of 3",
         "2 of 3",
         "11",
         "2e+09",
     ]
     assert set(rows[3].split("|")[2].strip()) == {"—"}
-    best_first = dataclasses.replace(STUDY, sorted_by="right")
-    assert page.table(results(best_first, **CLOSE)).splitlines()[2].startswith("| one")
-    assert page.table(results(best_first, one=CLOSE["two"], two=CLOSE["one"])).splitlines()[2].startswith("| two")
+
+
+def test_the_best_of_those_that_learned_comes_first():
+    best_first = dataclasses.replace(STUDY, sorted_by="steps")
+    learned, quick = [(0.9, 300), (0.8, 310)], [(0.9, 10), (0.4, 10)]
+    for values, order in (
+        ({"one": learned, "two": [(0.7, 200), (0.7, 210)]}, ["two", "one"]),
+        ({"one": quick, "two": learned}, ["two", "one"]),
+        ({"one": [(0.9, None)], "two": quick}, ["two", "one"]),
+    ):
+        assert ordered(results(best_first, **values)) == order
+        assert page.table(results(best_first, **values)).splitlines()[2].startswith(f"| {order[0]}")
+
+
+def test_a_page_says_of_how_many_seeds_it_is_and_whose_cost_is_not_known():
+    one = results(one=[(0.9, 100)])
+    assert page.made_with(one).startswith("One seed. CPU seconds are those of one run, its start and its evaluation included.")
+    two = results(one=[(0.9, 100)] * 2, two=[(0.9, 100)] * 3)
+    assert page.made_with(two).startswith("Means of 2 to 3 seeds, with intervals")
+    one.lines[0]["cpu_seconds"] = None
+    assert [x.strip() for x in page.table(one).splitlines()[2].split("|")[-3:-1]] == ["—", "2e+09"]
 
 
 def test_a_page_keeps_its_prose_and_gets_new_results(tmp_path):
     path, new = tmp_path / "README.md", results(**CLOSE)
-    path.write_text(page.page(path, new, "plot.svg", "python tools/study.py x"))
+    bare = page.page(path, new, "plot.svg", "python tools/study.py x", False)
+    assert bare.startswith(f"# Two cells\n\nWhich is better?\n\n{page.BEGIN}\n") and bare.endswith(f"{page.END}\n")
+    path.write_text(page.page(path, new, "plot.svg", "python tools/study.py x", True))
     assert path.read_text().startswith("# Two cells\n\nWhich is better?\n\n## Design\n")
     path.write_text(path.read_text().replace("## Design\n", "## Design\n\nBy hand.\n"))
-    again = page.page(path, results(one=[(0.25, 1)]), "plot.svg", "python tools/study.py x")
+    again = page.page(path, results(one=[(0.25, 1)]), "plot.svg", "python tools/study.py x", True)
     assert "By hand." in again and "0.250" in again and "0.910" not in again and again.count(page.END) == 1
     path.write_text("no marker")
     with pytest.raises(ValueError, match=r"needs the lines .* once each"):
-        page.page(path, new, "plot.svg", "x")
+        page.page(path, new, "plot.svg", "x", True)
 
 
 def test_equal_results_draw_the_same_picture(tmp_path):
@@ -137,9 +170,21 @@ def test_equal_results_draw_the_same_picture(tmp_path):
     assert over_cells({"NoPE": {16: "one", 32: "two"}}, "right") == {"NoPE": {16: ("one", "right"), 32: ("two", "right")}}
 
 
-def test_a_comparison_says_which_numbers_agree():
-    said = compared(results(one=[(0.9, 3), (0.92, 3)]), results(one=[(0.91, 9), (0.93, 9)]))
-    assert re.search(r"right.*yes", said) and re.search(r"steps.*no", said) and said.endswith("1 of 2 numbers agree")
+@pytest.mark.parametrize(
+    ("here", "recorded", "right", "steps"),
+    [
+        ([(0.90, 3), (0.92, 4)], [(0.90, 3), (0.92, 4)], "yes", "yes"),
+        ([(0.93, 3)] * 3, [(0.90, 3), (0.91, 3), (0.92, 3)], "yes", "yes"),  # recorded: 0.885 to 0.935
+        ([(0.80, 4), (0.94, 4), (1.0, 4)], [(0.90, 3), (0.91, 3), (0.92, 3)], "yes", "no"),
+        ([(0.94, 3), (0.95, 3), (0.93, 3)], [(0.90, 3), (0.91, 3), (0.92, 3)], "no", "yes"),
+        ([(0.99996, 3)] * 2, [(1.0, 3), (1.0, None)], "yes", "no"),
+        ([(0.5, 3)], [(0.5, 3), (0.9, 9)], "yes", "yes"),
+    ],
+)  # fmt: skip
+def test_a_comparison_says_which_means_lie_in_the_recorded_interval(here, recorded, right, steps):
+    said = compared(results(one=here), results(one=recorded))
+    assert re.search(rf"right .*{right} *\|\n.*steps .*{steps} *\|\n", said)
+    assert said.endswith(f"{[right, steps].count('yes')} of 2 numbers agree")
 
 
 def test_metrics_are_read_from_the_files_of_a_run(tmp_path):
@@ -167,7 +212,8 @@ workdir, seed, steps = pathlib.Path(flags["workdir"]), int(flags["config.seed"])
 about = {"versions": {"python": "3", "jax": "1", "jaxlib": "1"}, "revision": "0123"}
 (workdir / "about.json").write_text(json.dumps(about))
 with (workdir / "starts").open("a") as file:
-    file.write(",".join(map(str, sorted(os.sched_getaffinity(0)))) + "\\n")
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    file.write(cores + " " + os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "") + "\\n")
 if os.environ.get("FAIL") == flags["config.data.seed"]:
     sys.exit("no such token")
 ends = []
@@ -191,6 +237,7 @@ STUDY = Study("Title", "Question?", {"a": Cell("c.py"), "b": Cell("c.py", {"opti
 def folder(tmp_path, monkeypatch):
     """The folder of a study of two cells and two seeds, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "c.py").write_text("from hybrid_attn.configs.base import get_config\n")
     (tmp_path / "s" / "study.py").write_text(WRITTEN)
@@ -260,7 +307,9 @@ def test_results_in_another_folder_are_compared_with_those_of_the_study(folder, 
     study_of(capsys, "s")
     code, out, _ = study_of(capsys, "s", "--out=again")
     assert code == 0 and "4 are not recorded yet" in out and out.endswith("2 of 2 numbers agree\n")
-    assert len(lines_of(Path("again"))) == 4 and (Path("again") / "README.md").exists()
+    assert len(lines_of(Path("again"))) == 4
+    text = (Path("again") / "README.md").read_text()
+    assert text.startswith(f"# Title\n\nQuestion?\n\n{page.BEGIN}\n") and "`python tools/study.py s --out=again`:" in text
 
 
 def test_stopped_runs_get_one_signal_and_go_on_later(folder, capsys, monkeypatch):
@@ -274,7 +323,107 @@ def test_stopped_runs_get_one_signal_and_go_on_later(folder, capsys, monkeypatch
     assert study_of(capsys, "s", "--seeds=1")[0] == 0
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {2}
     costs = [len((run.workdir / runs.COST).read_text().splitlines()) for run in to_train]
-    assert costs == [2, 2] and len(lines_of(folder)) == 2
+    assert costs == [4, 4] and len(lines_of(folder)) == 2 and all(runs.costs(run.workdir)[0] for run in to_train)
+
+
+WAITS = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+STUDY_TO_KILL = "import os, subprocess, sys; subprocess.Popen([*sys.argv[1:4], str(os.getpid()), *sys.argv[4:]]).wait()"
+
+
+def child(cost: Path, *command: str) -> list[str]:
+    """The command of a child process without the number of the study."""
+    return [sys.executable, "-P", str(children.CHILD), str(cost), '{"started": 1.5, "machine": {"processor": "x"}}', *command]
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_run_of_a_killed_study_is_stopped_and_its_cost_is_written(tmp_path):
+    cost, begun = tmp_path / "cost.jsonl", tmp_path / "begun"
+    command = child(cost, sys.executable, "-c", WAITS, str(begun))
+    program = subprocess.Popen([sys.executable, "-c", STUDY_TO_KILL, *command])
+    wait_for(begun.exists)
+    assert runs.costs(tmp_path)[0] is None
+    program.kill()
+    program.wait()
+    wait_for(lambda: cost.read_text().count("\n") == 2)
+    start, end = (json.loads(line) for line in cost.read_text().splitlines())
+    assert start["started"] == end["started"] == 1.5 and end["exit_code"] == 3 and 0 < end["cpu_seconds"] < 20
+
+
+def test_a_command_that_a_signal_ends_has_the_exit_code_of_a_shell(tmp_path):
+    command = child(tmp_path / "cost.jsonl", "sh", "-c", "kill -9 $$")
+    command.insert(3, str(os.getpid()))
+    assert subprocess.run(command).returncode == 128 + signal.SIGKILL
+    assert json.loads((tmp_path / "cost.jsonl").read_text().splitlines()[1])["exit_code"] == -signal.SIGKILL
+
+
+ENDED = {"cpu_seconds": 2.5, "seconds": 3.0, "exit_code": 0}
+
+
+@pytest.mark.parametrize(
+    ("lines", "seconds"),
+    [
+        ([ENDED, ENDED], 5.0),  # as older versions wrote them
+        ([{"started": 1}, ENDED | {"started": 1, "exit_code": 1}, {"started": 2}, ENDED | {"started": 2}], 5.0),
+        ([{"started": 1}, {"started": 2}, ENDED | {"started": 2}], None),
+        ([ENDED | {"exit_code": 2}], None),  # the process that completed the run has written nothing
+        ([], None),
+    ],
+)  # fmt: skip
+def test_the_cost_of_a_run_is_known_if_all_of_its_processes_wrote_it(lines, seconds, tmp_path):
+    (tmp_path / "cost.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runs.costs(tmp_path)[0] == seconds
+
+
+def test_a_metric_that_raises_fails_its_run_alone(folder, capsys):
+    bad = '"bad": Metric(lambda run: 1 / (2 - logged("loss").read(run)))'
+    text = WRITTEN.replace('logged("loss")}', f'logged("loss"), {bad}}}').replace("Study,", "Metric, Study,")
+    (folder / "study.py").write_text(text)
+    code, _, err = study_of(capsys, "s", "--only=a")
+    assert code == 1 and lines_of(folder) == [("a", 0, 1.0)]
+    assert err.startswith("error: 1 run failed: a seed 1: the metric 'bad': ZeroDivisionError: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "it is nan"), ("much", "TypeError: ")])
+def test_a_metric_is_a_finite_number(value, said, tmp_path):
+    run = read_by.Trained(tmp_path, 8, 1.0, 1.0, 1)
+    with pytest.raises(ValueError, match=f"the metric 'x': {said}"):
+        runs.read_metric("x", Metric(lambda _: value), run)
+
+
+def test_runs_whose_cost_is_compared_have_one_core_and_no_compile_cache(folder, capsys):
+    (folder / "study.py").write_text(WRITTEN.replace("seeds=2", "seeds=2, one_core=True"))
+    code, _, _ = study_of(capsys, "s", "--only=a", "--seeds=1")
+    (written,) = (path.read_text() for path in Path().rglob("runs/**/*-one-core/starts"))
+    assert code == 0 and re.fullmatch(r"\d+ false\n", written)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [line["machine"]["cores"] for line in lines] == [1]
+    assert "on one core and without a compile cache" in (folder / "README.md").read_text()
+    lines[0]["machine"]["processor"] = "another one"
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = study_of(capsys, "s")
+    assert code == 2 and "has CPU seconds of another one, python 3, jax 1, jaxlib 1, and this is " in err
+
+
+@pytest.mark.parametrize(("backend", "number"), [("gpu", 1), ("cpu", 3)])
+def test_an_accelerator_has_one_run_at_a_time(backend, number, tmp_path, monkeypatch):
+    (tmp_path / "jax.py").write_text(f"def default_backend():\n    return {backend!r}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(children.machine, "threads", lambda: 3)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert children.side_by_side(one_core=False) == number and children.side_by_side(one_core=True) == 3
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert children.side_by_side(one_core=False) == 3
 
 
 def test_a_new_metric_is_read_from_the_workdirs_without_training(folder, capsys):
@@ -283,8 +432,10 @@ def test_a_new_metric_is_read_from_the_workdirs_without_training(folder, capsys)
     (folder / "study.py").write_text(
         WRITTEN.replace('logged("loss")}', f'logged("loss"), {twice}}}').replace("Study,", "Metric, Study,")
     )
+    next(Path("runs").rglob(runs.COST)).unlink()
     code, out, _ = study_of(capsys, "s")
     assert code == 0 and "4 runs; 4 are not recorded yet" in out and "twice 4.000" in out
+    assert out.count("CPU s unknown (a process was killed before it wrote them)") == 1
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {1}
 
 
@@ -292,6 +443,7 @@ def test_processes_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 8})
     assert children.shares(2) == [{2, 5, 8}, {3, 7}]
     assert children.shares(6) == [{2}, {3}, {5}, {7}, {8}, {2}]
+    assert children.shares(2, one_core=True) == [{2}, {3}]
 
 
 WRONG = {
@@ -304,6 +456,10 @@ WRONG = {
     "a key": (["s"], ("optim.lr", "optim.rate"), "unknown key config.optim.rate"),
     "a metric": (["s"], ("seeds=2", 'sorted_by="los"'), "names the metric 'los', which is not one of 'loss'; did you"),
     "a claim": (["s"], ("seeds=2", 'claims=[Claim("x", "a", "b", "loss", True)]'), "does not say what `learned` is"),
+    "a cell of the plot": (["s"], ('over_metrics(("a", "b")', 'over_metrics(("a", "c")'), "the cell 'c', which is not one of"),
+    "a metric of the plot": (["s"], ('{"loss": "loss"}', '{"loss": "los"}'), "names the metric 'los', which is not one of"),
+    "a scale": (["s"], ('"linear"', '"linea"'), "has the scale 'linea', which is not one of 'share', 'linear', 'log'; did you"),
+    "no line": (["s"], ('over_metrics(("a", "b"), {"loss": "loss"})', "{}"), "the plot of 'Title' needs a line in every panel"),
     "a name": (["s"], ('"a": ', '"a b": '), "the cell 'a b' becomes a folder"),
 }  # fmt: skip
 
@@ -365,13 +521,62 @@ def test_a_study_of_the_repository_builds_and_its_recorded_lines_are_of_its_conf
         assert page.table(counted) in (folder / chosen.page).read_text()
 
 
-def test_a_record_may_not_train_on_longer_sequences(tmp_path, monkeypatch):
+ROW = """
+from studies.layouts import config
+from hybrid_attn.configs import base
+def get_config():
+    c = config.get_config()
+    {}
+    return c
+"""
+BROKEN = {
+    "c.stages[0].seq_len = 128": "mine.py trains on sequences of 128 tokens, and at most 64 are allowed",
+    "c.stages[0].seq_len = 60": "mine.py changes what all rows share (the baseline's -> its own): stages[-1].seq_len: 64 -> 60",
+    "c.evals.tokens = 1024": "evals.tokens: 65536 -> 1024",
+    "c.init_from.path = 'runs/other'": "init_from.path: None -> runs/other",
+    "c.data.sources.probe.pairs = 2": "data.sources.probe.pairs: 4 -> 2",
+    "c.data.sources['text'] = base.source()": "mine.py reads documents in data.sources.text; give each source a task",
+    "c.stages[0].mixture.probe = 0.0": "mine.py has no source probe in its last stage, whose sources are evaluated",
+}
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    """A copy of the folder of records."""
     monkeypatch.chdir(Path(__file__).parents[1])
-    shutil.copytree("studies/records", tmp_path / "records")
-    lines = ["from configs import recall", "def get_config():", "    c = recall.get_config()", "    c.stages[0].seq_len = {}"]
-    text = "\n".join([*lines, "    return c", ""])
-    (tmp_path / "records" / "mine.py").write_text(text.format(64))
-    assert "mine" in study.load(tmp_path / "records").cells
-    (tmp_path / "records" / "mine.py").write_text(text.format(128))
-    with pytest.raises(ValueError, match="mine.py trains on sequences of 128 tokens, and at most 64 are allowed"):
-        study.load(tmp_path / "records")
+    shutil.copytree("studies/records", tmp_path / "records", ignore=shutil.ignore_patterns("results.jsonl"))
+    return tmp_path / "records"
+
+
+def test_a_record_may_not_have_longer_sequences_or_more_information(records):
+    (records / "mine.py").write_text(ROW.format("c.optim.lr = 0.01"))
+    assert "mine" in study.load(records).cells
+    for line, said in BROKEN.items():
+        (records / "mine.py").write_text(ROW.format(line))
+        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+            study.load(records)
+        assert "\n" not in str(caught.value)
+    (records / "mine.py").rename(records / "rnope_swa.py")
+    with pytest.raises(ValueError, match=r"rnope_swa\.py has the name of the baseline"):
+        study.load(records)
+
+
+def test_a_record_is_compared_with_the_best_row_that_learned_in_all_seeds(records):
+    for name in ("guess", "half", "short", "mine"):
+        (records / f"{name}.py").write_text(ROW.format("c.optim.lr = 0.01"))
+    chosen, merit = study.load(records), "recall per CPU-minute"
+    values = {
+        "rnope_swa": [0.4, 0.41, 0.42],
+        "guess": [9, 9, 9],
+        "half": [2, 2.1, 2.2],
+        "short": [3, 3],
+        "mine": [0.8, 0.83, 0.86],
+    }
+    right = {"guess": [0.1] * 3, "half": [1, 1, 0.5]}
+    lines = [
+        {"cell": cell, "seed": seed, "metrics": {"recall at 1,024": right.get(cell, [1] * 3)[seed], merit: x}}
+        for cell, by_seed in values.items()
+        for seed, x in enumerate(by_seed)
+    ]
+    said = page.verdicts(Results(chosen, lines))
+    assert len(said) == 1 and re.match(r"shown \(p = 0\.00\d+, n = 3 seeds\): mine beats rnope_swa\. recall per CPU", said[0])

@@ -17,7 +17,9 @@ from hybrid_attn.trees import check
 
 SEEDS = flags.DEFINE_integer("seeds", None, "Number of seeds; by default the study's.", 1)
 ONLY = flags.DEFINE_list("only", [], "Cells that are trained; the page has all.")
-PROCESSES = flags.DEFINE_integer("processes", None, "Runs side by side; by default one for each core.", 1)
+PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Runs side by side; by default one for each core, or one with an accelerator.", 1
+)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the workdirs of the runs, by default runs/studies/NAME, or OUT/workdirs."
 )

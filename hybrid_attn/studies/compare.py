@@ -1,32 +1,33 @@
 """Compares new results of a study with those that are recorded."""
 
-import numpy as np
-
 from hybrid_attn.bench.measurement import table as markdown
+from hybrid_attn.studies.metrics import Metric
 from hybrid_attn.studies.results import Results
-from hybrid_attn.studies.statistics import mean_of
+from hybrid_attn.studies.statistics import Mean, mean_of
 
 
 def compared(new: Results, recorded: Results) -> str:
-    """A table of the means of both. They agree where the ranges that intervals and seeds span have a number in common."""
+    """A table of the means of both over the seeds that both have, and whether they agree."""
     rows = []
     for cell in new.study.cells:
-        for name, metric in new.study.metrics.items():
-            sides = [[*results.values(cell, name).values()] for results in (new, recorded)]
-            if all(sides):
-                shown = [mean_of(values, metric.bounds).show(metric.form) for values in sides]
-                rows.append([cell, name, *shown, "yes" if _meet(*(_range(x, metric.bounds) for x in sides)) else "no"])
+        seeds = new.of(cell).keys() & recorded.of(cell).keys()
+        for name, metric in new.study.metrics.items() if seeds else ():
+            here, there = (_mean(results, cell, name, seeds) for results in (new, recorded))
+            answer = "yes" if agree(metric, here, there) else "no"
+            rows.append([cell, name, here.show(metric.form), there.show(metric.form), answer])
     if not rows:
         return "nothing is recorded of these cells"
-    agree = sum(row[-1] == "yes" for row in rows)
-    return f"\n{markdown(['cell', 'metric', 'here', 'recorded', 'agree'], rows)}\n\n{agree} of {len(rows)} numbers agree"
+    number = sum(row[-1] == "yes" for row in rows)
+    return f"\n{markdown(['cell', 'metric', 'here', 'recorded', 'agree'], rows)}\n\n{number} of {len(rows)} numbers agree"
 
 
-def _range(values: list[float], bounds: tuple[float, float]) -> tuple[float, float]:
-    """From the lowest seed, or the lower end of the interval of the mean, to the highest."""
-    ends = [*values, *mean_of(values, bounds)[1:3]]
-    return float(np.nanmin(ends)), float(np.nanmax(ends))
+def _mean(results: Results, cell: str, name: str, seeds: set[int]) -> Mean:
+    values = results.values(cell, name)
+    return mean_of([x for seed, x in values.items() if seed in seeds], results.study.metrics[name].bounds)
 
 
-def _meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return max(one[0], other[0]) <= min(one[1], other[1])
+def agree(metric: Metric, here: Mean, recorded: Mean) -> bool:
+    """Whether as many seeds have the number, and the mean here is written like the recorded one or lies in its interval."""
+    if here.number != recorded.number:
+        return False
+    return metric.show(here.mean) == metric.show(recorded.mean) or recorded.low <= here.mean <= recorded.high

@@ -1,6 +1,7 @@
 """Metrics: numbers that are read from the workdir of a finished run."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +12,18 @@ from hybrid_attn.train.metrics import EVALS, METRICS
 from hybrid_attn.trees import check
 
 SHARE = 0.0, 1.0  # bounds of a share of right answers
+POSITIVE = 0.0, math.inf  # of a number that is never negative
 
 
 class Trained(NamedTuple):
-    """A finished run: its workdir and last step, the CPU seconds of its processes, the FLOPs and tokens of its training."""
+    """A finished run: its workdir and last step, the CPU seconds of its processes, the FLOPs and tokens of its training.
+
+    CPU seconds are None where a process was killed before it could write them.
+    """
 
     workdir: Path
     step: int
-    cpu_seconds: float
+    cpu_seconds: float | None
     flops: float
     tokens: int
 
@@ -80,4 +85,4 @@ def stays_below(name: str, bound: float) -> Metric:
             first = None if value >= bound else first or step
         return first
 
-    return Metric(read, "{:,.0f}", higher_is_better=False)
+    return Metric(read, "{:,.0f}", POSITIVE, higher_is_better=False)

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hybrid_attn.studies.results import Results
 from hybrid_attn.studies.statistics import mean_of
+from hybrid_attn.studies.study import Study
+from hybrid_attn.trees import check, not_among
 
 if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.figure import Figure
 
+SCALES = ("share", "linear", "log")
 Line = Mapping[int | str, tuple[str, str]]  # number or name on the horizontal axis -> cell and metric
 
 
@@ -24,6 +27,15 @@ class Curves(NamedTuple):
     up: str
     scale: str = "share"
     trained: Sequence[int] = ()
+
+    def check(self, study: Study) -> None:
+        """ValueError for a panel without a line, and for a name that the study or the plot does not have."""
+        check(bool(self.panels) and all(self.panels.values()), f"the plot of {study.title!r} needs a line in every panel")
+        problem = not_among(self.scale, SCALES)
+        check(not problem, f"the plot of {study.title!r} has the scale {self.scale!r}, which {problem}")
+        points = [point for panel in self.panels.values() for line in panel.values() for point in line.values()]
+        study.check_names("cell", study.cells, [cell for cell, _ in points])
+        study.check_names("metric", study.metrics, [metric for _, metric in points])
 
     def __call__(self, results: Results) -> "Figure":
         from hybrid_attn.evals.report import pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybrid_attn import files, programs
-from hybrid_attn.bench.machine import threads
+from hybrid_attn.bench import machine
 from hybrid_attn.studies import children, page, plot, results, runs, study
 from hybrid_attn.studies.compare import compared
 from hybrid_attn.trees import check
@@ -66,7 +66,9 @@ class Progress:
         results.write(out, results.with_line(results.read(out), line), list(chosen.cells))
         self.done += 1
         shown = ", ".join(f"{name} {metric.show(line['metrics'][name])}" for name, metric in chosen.metrics.items())
-        print(f"{self.done}/{self.number}  {run.name}  {line['cpu_seconds']:.0f} CPU s  {shown}", flush=True)
+        seconds = line["cpu_seconds"]
+        spent = "CPU s unknown (a process was killed before it wrote them)" if seconds is None else f"{seconds:.0f} CPU s"
+        print(f"{self.done}/{self.number}  {run.name}  {spent}  {shown}", flush=True)
 
     def without_recorded(self, missing: Sequence[runs.Run]) -> list[runs.Run]:
         """The runs that still need training or evaluation; those whose workdir is complete are recorded now."""
@@ -103,7 +105,7 @@ def train(job: Job, missing: Sequence[runs.Run], options: Options) -> Progress:
         interrupt.begin()
         before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         try:
-            number = options.processes or max(min(threads(), len(missing)), 1)
+            number = options.processes or (children.side_by_side(job.study.one_core) if missing else 1)
             children.train(missing, options.trainer, number, is_stopped, progress.ended)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -123,22 +125,33 @@ def run(folder: str, options: Options) -> int:
             print(f"{job.out / results.FILE}: left out, because their config or metrics have changed: {names}")
         chosen = [x for x in known.values() if x.cell in cells and x.seed < seeds]
         missing = [x for x in chosen if x.seed not in current.of(x.cell)]
+        check_machine(job, current.lines if missing else ())
         print(f"{len(chosen)} runs; {len(missing)} are not recorded yet; workdirs: {job.root}", flush=True)
         progress = train(job, missing, options)
         show(job, job.read(known, job.out)[0], job.read(known, job.folder)[0])
     return exit_code(progress)
 
 
+def check_machine(job: Job, lines: Sequence[dict]) -> None:
+    """ValueError where the costs of a study on one core were recorded on another machine or with other versions."""
+    ours = f"{machine.processor()}, {page.shown_versions(machine.versions())}"
+    for line in lines if job.study.one_core else ():
+        theirs = f"{line['machine']['processor']}, {page.shown_versions(line['versions'])}"
+        where, cure = job.out / results.FILE, "use --out=DIR, which trains all cells here"
+        check(ours == theirs, f"{where} has CPU seconds of {theirs}, and this is {ours}; {cure}")
+
+
 def show(job: Job, current: results.Results, recorded: results.Results) -> None:
     """Writes plot and page and prints them; with --out it also compares with the recorded results of the study."""
     if not current.lines:
         return
-    path, picture = job.out / (job.study.page if job.out == job.folder else "README.md"), job.out / page.PLOT
+    is_own = job.out == job.folder
+    path, picture = job.out / (job.study.page if is_own else "README.md"), job.out / page.PLOT
     files.write_atomically(picture, plot.svg(current, job.folder.name))
-    command = f"python tools/study.py {job.folder}"
-    files.write_atomically(path, page.page(path, current, os.path.relpath(picture, path.parent), command))
+    command = f"python tools/study.py {job.folder}" + ("" if is_own else f" --out={job.out}")
+    files.write_atomically(path, page.page(path, current, os.path.relpath(picture, path.parent), command, is_own))
     print("\n".join(["", page.table(current), "", *page.verdicts(current), "", f"page  {path}"]))
-    if job.out != job.folder:
+    if not is_own:
         print(compared(current, recorded))
 
 
@@ -148,5 +161,6 @@ def exit_code(progress: Progress) -> int:
         print(f"error: interrupted; the same command goes on: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
         return 130
     if progress.failed:
-        print(f"error: {len(progress.failed)} runs failed: {'; '.join(progress.failed)}", file=sys.stderr)
+        number = f"{len(progress.failed)} run" + "s" * (len(progress.failed) > 1)
+        print(f"error: {number} failed: {'; '.join(progress.failed)}", file=sys.stderr)
     return 1 if progress.failed else 0

@@ -2,20 +2,20 @@
 
 import dataclasses
 import hashlib
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hybrid_attn import config, config_file, trees
 from hybrid_attn.bench import machine
-from hybrid_attn.files import read_object
+from hybrid_attn.files import object_of, read_object
 from hybrid_attn.studies.metrics import Metric, Trained
 from hybrid_attn.studies.study import Study, config_name
 from hybrid_attn.train import curves
 from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.metrics import METRICS
 
-COST = "cost.jsonl"  # of a workdir: a line for each process that trained in it
+COST = "cost.jsonl"  # of a workdir: what child.py wrote of each process that trained in it
 LOG = "output.txt"  # of a workdir: what these processes printed
 
 
@@ -29,6 +29,7 @@ class Run:
     changes: Mapping[str, object]
     config: config.Config
     root: Path
+    one_core: bool = False
 
     @property
     def hash(self) -> str:
@@ -45,7 +46,7 @@ class Run:
 
         It is in `root`, unless another study, whose folder of workdirs is beside `root`, began the same run before.
         """
-        name = f"{self.seed}-{self.hash}"
+        name = f"{self.seed}-{self.hash}" + "-one-core" * self.one_core
         own = self.root / self.cell / name
         others = [] if own.exists() else sorted(self.root.parent.glob(f"*/*/{name}"))
         return others[0] if others else own
@@ -78,7 +79,7 @@ def _run(study: Study, folder: Path, root: Path, name: str, seed: int) -> Run:
     values = config_file.load(file)
     for key, value in changes.items():
         trees.override(config.Config, values, "config", key, str(value))
-    return Run(name, seed, file, changes, config.build(values), root)
+    return Run(name, seed, file, changes, config.build(values), root, study.one_core)
 
 
 def cost(c: config.Config) -> tuple[float, int]:
@@ -96,21 +97,46 @@ def is_complete(run: Run) -> bool:
         return False
 
 
+def costs(workdir: Path) -> tuple[float | None, dict]:
+    """CPU seconds of all processes that trained in a workdir, None where they are not known, and the machine of the last.
+
+    A process that was killed has written its start and not its end. Older lines have neither start nor machine, and the machine
+    is then this one.
+    """
+    path = workdir / COST
+    lines = [object_of(text, f"{path}, a line") for text in (path.read_text().splitlines() if path.exists() else ())]
+    ended = [line for line in lines if "cpu_seconds" in line]
+    starts, ends = ({line.get("started") for line in some} for some in (lines, ended))
+    is_known = starts == ends and any(line["exit_code"] == 0 for line in ended)
+    machines = [line["machine"] for line in lines if "machine" in line]
+    return sum(x["cpu_seconds"] for x in ended) if is_known else None, machines[-1] if machines else machine.describe()
+
+
 def line_of(run: Run, metrics: Mapping[str, Metric]) -> dict:
-    """The line of results.jsonl of a complete run."""
-    path = run.workdir / COST
-    seconds = sum(json.loads(line)["cpu_seconds"] for line in path.read_text().splitlines())
+    """The line of results.jsonl of a complete run; ValueError for a metric that cannot be read."""
+    seconds, trained_on = costs(run.workdir)
     trained = Trained(run.workdir, run.config.total_steps, seconds, *cost(run.config))
     about = read_object(run.workdir / "about.json")
     return {
         "cell": run.cell,
         "seed": run.seed,
         "config": run.hash,
-        "metrics": {name: metric.read(trained) for name, metric in metrics.items()},
-        "cpu_seconds": round(seconds, 1),
+        "metrics": {name: read_metric(name, metric, trained) for name, metric in metrics.items()},
+        "cpu_seconds": None if seconds is None else round(seconds, 1),
         "flops": trained.flops,
         "tokens": trained.tokens,
         "revision": about["revision"],
         "versions": about["versions"],
-        "machine": machine.describe(),
+        "machine": trained_on,
     }
+
+
+def read_metric(name: str, metric: Metric, run: Trained) -> float | None:
+    """The number of a run; ValueError, whatever the function of the metric raises, and for what is no finite number."""
+    try:
+        value = metric.read(run)
+        trees.check(value is None or math.isfinite(value), f"it is {value}")
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise ValueError(f"the metric {name!r}: {kind}{error}") from error
+    return value if value is None or isinstance(value, int) else float(value)

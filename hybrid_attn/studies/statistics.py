@@ -40,6 +40,25 @@ def mean_of(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) ->
     return Mean(*mean_within(np.array(values), bounds), len(values))
 
 
+def seeds_of(number: int) -> str:
+    """1 seed, 2 seeds."""
+    return f"{number} seed" + "s" * (number != 1)
+
+
+def ordered(results: Results) -> list[str]:
+    """The cells in the order of the table, which `Study` describes; those without a number are last."""
+    cells, by = list(results.study.cells), results.study.sorted_by
+    if by is None:
+        return cells
+    sign = -1 if results.study.metrics[by].higher_is_better else 1
+
+    def key(cell: str) -> tuple[bool, bool, float]:
+        mean = mean_of([*results.values(cell, by).values()])
+        return mean.number == 0, results.learned(cell) != set(results.of(cell)), sign * mean.mean if mean.number else 0.0
+
+    return sorted(cells, key=key)
+
+
 class PairedTest(NamedTuple):
     """A paired t test: the mean difference with its interval, and the two-sided p, NaN where the differences have no spread."""
 
@@ -47,10 +66,10 @@ class PairedTest(NamedTuple):
     p: float
 
 
-def paired(better: Sequence[float], worse: Sequence[float]) -> PairedTest:
-    """Of the values of two cells, in the same order of seeds."""
-    differences = np.subtract(better, worse)
-    mean = mean_of(differences)
+def paired(better: Sequence[float], worse: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) -> PairedTest:
+    """Of the values of two cells, in the same order of seeds and within `bounds`."""
+    low, high = bounds
+    mean = mean_of(np.subtract(better, worse), (low - high, high - low))
     return PairedTest(mean, math.nan if math.isnan(mean.low) else float(stats.ttest_rel(better, worse).pvalue))
 
 
@@ -64,12 +83,11 @@ def _of_claim(results: Results, claim: Claim) -> str:
     seeds = by_seed[0].keys() & by_seed[1].keys()
     if claim.of_learned:
         seeds &= results.learned(claim.better) & results.learned(claim.worse)
-    among = "seeds in which both learned" if claim.of_learned else "seeds"
-    n = f"n = {len(seeds)} {among}"
+    n = f"n = {seeds_of(len(seeds))}" + " in which both learned" * claim.of_learned
     if len(seeds) < 2:
         return f"not tested ({n}): {claim.sentence}"
     metric = results.study.metrics[claim.metric]
-    test = paired(*([values[seed] for seed in sorted(seeds)] for values in by_seed))
+    test = paired(*([values[seed] for seed in sorted(seeds)] for values in by_seed), metric.bounds)
     shown = f"{claim.metric}: {claim.better} − {claim.worse} = {test.difference.show(metric.form)}"
     if math.isnan(test.p):
         return f"not tested ({n}, all with the same difference): {claim.sentence} {shown}."
@@ -83,14 +101,17 @@ def _decision(test: PairedTest, higher_is_better: bool) -> str:
 
 
 def _of_reach(results: Results, claim: Reach) -> str:
+    """The seeds that reach the bound, among those that learned; and what the others have."""
     metric, values = results.study.metrics[claim.metric], results.values(claim.cell, claim.metric)
-    seeds = results.learned(claim.cell)
-    n = f"n = {len(seeds)}" + (
-        f" of {len(results.of(claim.cell))} seeds, those that learned" if results.study.learned else " seeds"
-    )
-    if not seeds:
-        return f"not tested ({n}): {claim.sentence}"
-    reaching = [seed for seed in seeds if seed in values and results.reaches(claim.metric, values[seed], claim.bound)]
-    decision = "holds" if len(reaching) == len(seeds) else f"holds in {len(reaching)} of {len(seeds)} seeds"
-    shown = ", ".join(metric.show(values.get(seed)) for seed in sorted(seeds))
-    return f"{decision} ({n}; {claim.metric}: {shown}): {claim.sentence}"
+    seeds, learned = set(results.of(claim.cell)), results.learned(claim.cell)
+
+    def shown(some: set[int]) -> str:
+        return ", ".join(metric.show(values.get(seed)) for seed in sorted(some))
+
+    if not learned:
+        none = f"not counted ({seeds_of(len(seeds))}" + ", of which none learned the task" * bool(seeds)
+        return f"{none}; {claim.metric}: {shown(seeds) or 'none'}): {claim.sentence}"
+    reaching = [seed for seed in learned & values.keys() if results.reaches(claim.metric, values[seed], claim.bound)]
+    of = seeds_of(len(learned)) + " that learned the task" * (results.study.learned is not None)
+    others = f"; {shown(seeds - learned)} in {seeds_of(len(seeds - learned))} that did not learn it" * (learned != seeds)
+    return f"holds in {len(reaching)} of {of} (a count, no test; {claim.metric}: {shown(learned)}{others}): {claim.sentence}"

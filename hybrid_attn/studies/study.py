@@ -55,9 +55,13 @@ class Study:
     """A study: every cell is trained with the seeds 0 to `seeds` - 1.
 
     `changes` are those of all cells; a cell's own come after them. A run has learned the task if the metric `learned[0]`
-    reaches `learned[1]`. `plot` draws a figure of the results. The table and the verdicts are written into `page`, seen from
-    the folder of the study. Rows of the table are in the order of the cells, or of the mean of the metric `sorted_by`, best
-    first.
+    reaches `learned[1]`. `claims` may be a function of the results that returns them. `plot` draws a figure of the results; its
+    method `check`, if it has one, gets the study before anything is trained. The table and the verdicts are written into
+    `page`, seen from the folder of the study. Rows of the table are in the order of the cells, or of the mean of the metric
+    `sorted_by`, best first; those in which a seed did not learn the task come after the others.
+
+    With `one_core` a run has one core of the CPU and no compile cache, and studies without it do not share its workdir: its CPU
+    seconds depend on its config and the machine.
     """
 
     title: str
@@ -65,39 +69,43 @@ class Study:
     cells: Mapping[str, Cell]
     metrics: Mapping[str, Metric]
     plot: Callable[[Any], Any]
-    claims: Sequence[Claim | Reach] = ()
+    claims: Sequence[Claim | Reach] | Callable[[Any], Sequence[Claim | Reach]] = ()
     learned: tuple[str, float] | None = None
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
     seeds: int = 5
     page: str = "README.md"
     sorted_by: str | None = None
+    one_core: bool = False
 
     def __post_init__(self):
         check(bool(self.cells) and bool(self.metrics), f"the study {self.title!r} needs a cell and a metric at least")
         for name in self.cells:
             check(NAME.fullmatch(name) is not None, f"the cell {name!r} becomes a folder: use letters, digits, and any of _.+-")
         if self.sorted_by is not None:
-            self._check_names("metric", self.metrics, [self.sorted_by])
+            self.check_names("metric", self.metrics, [self.sorted_by])
         if self.learned is not None:
-            self._check_names("metric", self.metrics, [self.learned[0]])
-        for claim in self.claims:
-            self._check_names("metric", self.metrics, [claim.metric])
+            self.check_names("metric", self.metrics, [self.learned[0]])
+        for claim in () if callable(self.claims) else self.claims:
+            self.check_names("metric", self.metrics, [claim.metric])
             is_claim = isinstance(claim, Claim)
-            self._check_names("cell", self.cells, [claim.better, claim.worse] if is_claim else [claim.cell])
+            self.check_names("cell", self.cells, [claim.better, claim.worse] if is_claim else [claim.cell])
             needs = is_claim and claim.of_learned and self.learned is None
             check(
                 not needs,
                 f"the claim {claim.sentence!r} is of seeds that learned, and the study does not say what `learned` is",
             )
+        if hasattr(self.plot, "check"):
+            self.plot.check(self)
 
-    def _check_names(self, kind: str, known: Mapping, names: Sequence[str]) -> None:
+    def check_names(self, kind: str, known: Mapping, names: Sequence[str]) -> None:
+        """ValueError for a name that is not among the `known` ones."""
         for name in names:
             problem = not_among(name, tuple(known))
             check(not problem, f"the study {self.title!r} names the {kind} {name!r}, which {problem}")
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """The cells of --only, or all without it; ValueError for one that there is not."""
-        self._check_names("cell", self.cells, names)
+        self.check_names("cell", self.cells, names)
         return [name for name in self.cells if name in names or not names]
 
 
