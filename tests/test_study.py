@@ -268,7 +268,7 @@ def test_a_study_trains_every_cell_and_seed_once(folder, capsys):
     code, out, _ = study_of(capsys, "s", "--only=b", "--seeds=1")
     assert code == 0 and starts() == ["b/0"] and lines_of(folder) == [("b", 0, 1.0)]
     code, out, _ = study_of(capsys, "s", "--processes=2")
-    assert code == 0 and "4 runs; 3 are not recorded yet" in out and "2.000" in out
+    assert code == 0 and "runs: 4, not recorded yet: 3;" in out and "2.000" in out
     assert lines_of(folder) == [("a", 0, 1.0), ("a", 1, 2.0), ("b", 0, 1.0), ("b", 1, 2.0)]
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {1}
     assert page.BEGIN in (folder / "README.md").read_text() and (folder / "plot.svg").read_text().startswith("<svg")
@@ -306,7 +306,7 @@ def test_lines_of_another_config_are_reported_and_not_mixed_in(folder, capsys):
 def test_results_in_another_folder_are_compared_with_those_of_the_study(folder, capsys):
     study_of(capsys, "s")
     code, out, _ = study_of(capsys, "s", "--out=again")
-    assert code == 0 and "4 are not recorded yet" in out and out.endswith("2 of 2 numbers agree\n")
+    assert code == 0 and "runs: 4, not recorded yet: 4;" in out and out.endswith("2 of 2 numbers agree\n")
     assert len(lines_of(Path("again"))) == 4
     text = (Path("again") / "README.md").read_text()
     assert text.startswith(f"# Title\n\nQuestion?\n\n{page.BEGIN}\n") and "`python tools/study.py s --out=again`:" in text
@@ -434,7 +434,7 @@ def test_a_new_metric_is_read_from_the_workdirs_without_training(folder, capsys)
     )
     next(Path("runs").rglob(runs.COST)).unlink()
     code, out, _ = study_of(capsys, "s")
-    assert code == 0 and "4 runs; 4 are not recorded yet" in out and "twice 4.000" in out
+    assert code == 0 and "runs: 4, not recorded yet: 4;" in out and "twice 4.000" in out
     assert out.count("CPU s unknown (a process was killed before it wrote them)") == 1
     assert {path.read_text().count("\n") for path in Path().rglob("starts")} == {1}
 

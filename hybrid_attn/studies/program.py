@@ -126,7 +126,7 @@ def run(folder: str, options: Options) -> int:
         chosen = [x for x in known.values() if x.cell in cells and x.seed < seeds]
         missing = [x for x in chosen if x.seed not in current.of(x.cell)]
         check_machine(job, current.lines if missing else ())
-        print(f"{len(chosen)} runs; {len(missing)} are not recorded yet; workdirs: {job.root}", flush=True)
+        print(f"runs: {len(chosen)}, not recorded yet: {len(missing)}; workdirs: {job.root}", flush=True)
         progress = train(job, missing, options)
         show(job, job.read(known, job.out)[0], job.read(known, job.folder)[0])
     return exit_code(progress)
