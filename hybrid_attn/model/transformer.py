@@ -75,7 +75,8 @@ class FeedForward(Protocol):
         """What the layer adds to the residual stream, [B, T, D], and its aux: scalars, which are summed over the layers.
 
         The scalar "aux_loss" is added to the loss. Arrays in the aux are of this layer alone, and only `LayerStatistics` have
-        them. Segment 0 is padding. `chunks`: how many tokens to compute at a time; None for all at once.
+        them. Segment 0 is padding. `chunks`: how many tokens to compute at a time, which bounds the memory and changes nothing
+        else; None for all at once. A class that cannot do so computes all at once.
         """
 
 
