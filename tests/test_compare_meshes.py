@@ -35,6 +35,15 @@ def test_meshes_that_do_not_divide_are_left_out(program, monkeypatch):
     assert [x.context for x in program.choices(tiny({"model.d_model": 24}), 6, 6)] == [1]
 
 
+def test_an_error_that_no_mesh_cures_is_shown(program, monkeypatch):
+    def fails(*_):
+        raise ValueError("an error of the model")
+
+    monkeypatch.setattr(program, "estimated_memory", fails)
+    with pytest.raises(ValueError, match="an error of the model"):
+        program.cell(tiny(), 64, 8, 1)
+
+
 def test_an_estimate_has_the_shards_of_its_mesh(program):
     first, second = list(program.choices(tiny({"train.remat": "layer"}), 64, 2))
     assert 0 < second.memory < first.memory
@@ -49,10 +58,24 @@ def test_a_row_of_costs_follows_from_the_flops_and_the_peak(program):
     assert hours == f"{1e9 * of_token / speed / 3600:,.0f}"
 
 
-def test_a_config_of_several_stages_is_refused(program, tmp_path):
+REFUSED = {
+    "several stages": (["--config=configs/command_a.py:tiny"], "--config has 4 stages"),
+    "chips": (["--config=configs/base.py", "--chips=16,x"], "--chips has 'x'; write numbers of chips, as 4096, 4K or 1M"),
+    "a length": (["--config=configs/base.py", "--lengths=1G"], "--lengths has '1G'; write tokens, as 4096, 4K or 1M"),
+    "a kernel": (["--config=configs/base.py", "--config.train.kernel=native"], "not on tpu"),
+}
+
+
+@pytest.mark.parametrize("arguments, said", REFUSED.values(), ids=REFUSED)
+def test_a_wrong_flag_or_config_is_one_line(program, arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
-        shown(program, "--config=configs/command_a.py:tiny")
-    assert ended.value.code == 2
+        shown(program, *arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_length_may_be_in_k_or_m(program):
+    assert program.lengths(["1M", "8K", "512"]) == [512, 8 * 1024, 1024**2]
 
 
 @pytest.mark.slow  # traces a model of 8 B parameters for many meshes

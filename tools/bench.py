@@ -25,7 +25,7 @@ from hybrid_attn.bench import table
 from hybrid_attn.trees import check
 
 PART = flags.DEFINE_list("part", [], f"Parts to measure: {'; '.join(f'{name}: {what}' for name, what in table.PARTS.items())}.")
-LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a sequence, 8192 or 8K; by default each part has its own.")
+LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a sequence, 8192, 8K or 1M; by default each part has its own.")
 OPTIONS = flags.DEFINE_string("options", "", "Options of the one part that is measured, such as heads=8,head_dim=32.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each contender.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out calls that would take longer, judged by a shorter sequence.", 0)

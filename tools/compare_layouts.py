@@ -23,7 +23,7 @@ from hybrid_attn.trees import check
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 flags.mark_flag_as_required("config")
-LENGTHS = flags.DEFINE_list("lengths", ["8K", "128K", "1024K"], "Tokens of a sequence, 8192 or 8K.")
+LENGTHS = flags.DEFINE_list("lengths", ["8K", "128K", "1024K"], "Tokens of a sequence, 8192, 8K or 1M.")
 USUAL = ["R", "RG", "LG", "LLLG/512", "LLLG/1024", "LLLG/2048", "LLLG/4096", "LLLG/8192", "LLLLLLLG"]
 LAYOUTS = flags.DEFINE_list("layouts", USUAL, "Patterns of L, R and G; LLLG/1024 has another window than the config.")
 QUANTITIES: dict[str, Callable[[Model, int], float]] = {

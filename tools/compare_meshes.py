@@ -18,6 +18,7 @@ from absl import app, flags
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench.measurement import lengths, table
 from hybrid_attn.config import Config
+from hybrid_attn.model import execution_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import abstract_mesh
 from hybrid_attn.plan.estimate import estimated_memory
@@ -29,7 +30,7 @@ CONFIG = config_file.define("config", None, "Config file, with its argument afte
 flags.mark_flag_as_required("config")
 CHIP = flags.DEFINE_enum("chip", "v5p", [name for name, chip in CHIPS.items() if chip.peak_flops], "Chip of the devices.")
 NUMBERS = flags.DEFINE_list("chips", ["16", "64", "256"], "Numbers of chips.")
-LENGTHS = flags.DEFINE_list("lengths", ["8K", "32K", "128K", "256K", "1024K"], "Tokens of a sequence, 8192 or 8K.")
+LENGTHS = flags.DEFINE_list("lengths", ["8K", "32K", "128K", "256K", "1024K"], "Tokens of a sequence, 8192, 8K or 1M.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak FLOP/s that a step reaches.", 0.001, 1.0)
 ROOM = 0.9  # of the memory of a device that the estimate may take
 BILLION = 10**9
@@ -50,14 +51,23 @@ def with_mesh(c: Config, length: int, fsdp: int, context: int) -> Config:
     return dataclasses.replace(c, mesh=mesh, stages=(stage,), evals=dataclasses.replace(c.evals, lengths=(1.0,)))
 
 
+def splits(c: Config, number: int) -> bool:
+    """Whether the batch, the sequences and the parameters divide over the mesh of `c`, of so many devices."""
+    try:
+        fit.check(c, number)
+    except ValueError:
+        return False
+    return True
+
+
 def choices(c: Config, length: int, number: int):
     """The meshes over which sequences of `length` split and whose kernel takes them, the fewest context shards first."""
     for context in (2**power for power in range(number.bit_length()) if number % 2**power == 0):
         of_mesh = with_mesh(c, length, number // context, context)
-        with contextlib.suppress(ValueError, NotImplementedError):  # it does not split; a kernel does not take so many keys
-            fit.check(of_mesh, number)
+        if splits(of_mesh, number):
             mesh = abstract_mesh(fsdp=number // context, context=context)
-            yield Choice(number // context, context, estimated_memory(of_mesh, of_mesh.at(0), mesh, "tpu"))
+            with contextlib.suppress(NotImplementedError):  # the kernel does not take so many keys of one shard
+                yield Choice(number // context, context, estimated_memory(of_mesh, of_mesh.at(0), mesh, "tpu"))
 
 
 def cell(c: Config, length: int, number: int, memory: int) -> str:
@@ -78,9 +88,11 @@ def costs(c: Config, tokens: list[int]) -> list[list[str]]:
 
 
 def show() -> None:
-    c, tokens, numbers = config.build(CONFIG.value.values), lengths(LENGTHS.value), lengths(NUMBERS.value)
+    c, tokens = config.build(CONFIG.value.values), lengths(LENGTHS.value)
+    numbers = lengths(NUMBERS.value, "--chips", "numbers of chips")
     check(len(c.stages) == 1, f"--config has {len(c.stages)} stages; tools/show_recipe.py shows the memory of each")
     jax.config.update("jax_platforms", "cpu")
+    execution_on("tpu", c.model, c.train)  # an error of the config: no mesh cures it
     memory = CHIPS[CHIP.value].memory
     rows = [[f"{length:,}", *(cell(c, length, number, memory) for number in numbers)] for length in tokens]
     print(table(["tokens", *(f"{number:,} x {CHIP.value}" for number in numbers)], rows))

@@ -146,12 +146,12 @@ def highest_memory() -> int | None:
     return status("VmHWM") if can_watch() else None
 
 
-def lengths(texts: Sequence[str]) -> list[int]:
-    """Sorted numbers of tokens from texts such as 4096 or 4K; ValueError names an invalid one."""
-    check(len(texts) > 0, "--lengths is empty; write tokens, as 4096 or 4K")
+def lengths(texts: Sequence[str], flag: str = "--lengths", unit: str = "tokens") -> list[int]:
+    """Sorted numbers from texts such as 4096, 4K or 1M, in units of 1024; ValueError names the flag and an invalid one."""
+    check(len(texts) > 0, f"{flag} is empty; write {unit}, as 4096, 4K or 1M")
     for text in texts:
-        check(bool(re.fullmatch(r"[1-9][0-9]*K?", text)), f"--lengths has {text!r}; write tokens, as 4096 or 4K")
-    return sorted({int(text.removesuffix("K")) * (1024 if text.endswith("K") else 1) for text in texts})
+        check(bool(re.fullmatch(r"[1-9][0-9]*[KM]?", text)), f"{flag} has {text!r}; write {unit}, as 4096, 4K or 1M")
+    return sorted({int(text.rstrip("KM")) * {"K": 1024, "M": 1024**2}.get(text[-1], 1) for text in texts})
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
