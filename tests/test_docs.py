@@ -278,23 +278,25 @@ def test_the_commands_that_extend_a_checkpoint_are_read(llama):
     assert [refusal(check_command, words) for words in read] == [""] * len(read)
 
 
-def templates() -> list[str]:
-    """The texts in the code, with an ellipsis for each value that is put into one."""
-    nodes = [
-        node
-        for folder in ("hybrid_attn", "tools")
-        for path in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-    ]
+def texts_of(code: str) -> list[str]:
+    """The texts in the code, with an ellipsis for each value that is put into one; docstrings are none."""
+    nodes = [*ast.walk(ast.parse(code))]
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}  # and other texts that nothing uses
     parts = [
         node.values if isinstance(node, ast.JoinedStr) else [node]
         for node in nodes
-        if isinstance(node, ast.JoinedStr | ast.Constant)
+        if isinstance(node, ast.JoinedStr | ast.Constant) and node not in docstrings
     ]
     return [
         "".join(x.value if isinstance(x, ast.Constant) and isinstance(x.value, str) else "…" for x in values)
         for values in parts
     ]
+
+
+def templates() -> list[str]:
+    """The texts in the code of the package and the tools."""
+    files = (path for folder in ("hybrid_attn", "tools") for path in (ROOT / folder).rglob("*.py"))
+    return [text for path in files for text in texts_of(path.read_text())]
 
 
 def quoted_messages(text: str) -> list[str]:
@@ -314,6 +316,11 @@ def test_the_messages_of_the_page_of_errors_are_in_the_code():
     assert len(messages) > 40 and all(len(max(message.split("…"), key=len)) > 8 for message in messages)
     assert [message for message in messages if not is_message(message, code)] == []
     assert not is_message("a message … that no code has", code)
+
+
+def test_a_docstring_is_no_message():
+    code = 'def f(x):\n    """A docstring."""\n    raise ValueError(f"x is {x} and must not be")\n'
+    assert is_message("x is … and must", texts_of(code)) and not is_message("A docstring", texts_of(code))
 
 
 def unknown_figures(line: str, folder: Path) -> list[str]:
