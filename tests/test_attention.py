@@ -14,7 +14,7 @@ from flax import nnx
 from hybrid_attn.config import RopeScaling
 from hybrid_attn.model import apply
 from hybrid_attn.model.attention import Attention, rope_angles, rope_frequencies, rotate
-from hybrid_attn.model.transformer import in_packed
+from hybrid_attn.model.transformer import packed_mixing
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -354,7 +354,7 @@ def test_attention_is_its_formula(fields):
     x = np.random.default_rng(10).normal(size=(T, 32))
     positions, segments = layout(PACKED)
     row = on_mesh({"x": x[None].astype(np.float32), "p": positions[None], "s": segments[None]})
-    attended = jax.jit(lambda layer, x, pos, seg: layer(x, pos, seg, in_packed(model, "L", pos, seg, REFERENCE).attend)[0])
+    attended = jax.jit(lambda layer, x, pos, seg: layer(x, pos, seg, packed_mixing(model, "L", pos, seg, REFERENCE).attend)[0])
     got = jax.device_get(attended(layer, *row.values()))[0]
 
     q, k, v = (np.einsum("TD,DNH->TNH", x, params[name]) for name in "qkv")

@@ -20,7 +20,7 @@ from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
 from hybrid_attn.model import attention_sums
-from hybrid_attn.model.transformer import Tokens, in_packed, layer_by_layer, unstacked
+from hybrid_attn.model.transformer import Tokens, layer_by_layer, packed_mixing, unstacked
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
 B, T, N, K, H, Q = 2, 48, 4, 2, 8, 24  # more queries than a row has, beyond the reach of the windows
@@ -135,18 +135,18 @@ def watched_weights(eval_model, prompt):
     execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):
-        exchange = in_packed(eval_model.model, letter, pos, seg, execution)
+        mixing = packed_mixing(eval_model.model, letter, pos, seg, execution)
 
         def attend(q, k, v, sinks):
-            return exchange.attend(q, k, v, sinks)[0], (q[0], k[0], sinks)
+            return mixing.attend(q, k, v, sinks)[0], (q[0], k[0], sinks)
 
-        return exchange._replace(attend=attend)
+        return mixing._replace(attend=attend)
 
     @jax.jit
     def through(params):
         weights = unstacked(eval_model.model, params, jnp.float32)
-        exchanges = [watched(x) for x in eval_model.model.layers]
-        states = layer_by_layer(eval_model.model, weights, Tokens(tokens, pos, seg), exchanges, execution)[1]
+        mixings = [watched(x) for x in eval_model.model.layers]
+        states = layer_by_layer(eval_model.model, weights, Tokens(tokens, pos, seg), mixings, execution)[1]
         return [state.attention for state in states]
 
     dense = []

@@ -83,7 +83,7 @@ def test_it_is_a_loop_over_the_tokens_of_each_document_however_the_mesh_splits_t
         def both(weight, x, dy, seg):
             def convolve(weight, x):
                 x_BTD, seg_BT = context.to_zigzag((x, seg), zigzag)
-                return context.from_zigzag(short_conv.in_packed(weight, x_BTD, seg_BT, zigzag), zigzag)
+                return context.from_zigzag(short_conv.convolve_packed(weight, x_BTD, seg_BT, zigzag), zigzag)
 
             y, pull = jax.vjp(convolve, weight, x)
             return y, pull(dy)

@@ -34,7 +34,7 @@ from hybrid_attn.model import abstract_params, apply, execution_on, flops, init,
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.params import MESH_AXES, Norm
-from hybrid_attn.model.transformer import Block, in_packed, unembedding, unstacked
+from hybrid_attn.model.transformer import Block, packed_mixing, unembedding, unstacked
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
@@ -296,7 +296,7 @@ def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_no
     mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
     nnx.update(layer, mine)
     mine = jax.device_get(mine)
-    attention = jax.jit(lambda x: layer.attention(x, pos, seg, in_packed(model, "L", pos, seg, REFERENCE).attend)[0])
+    attention = jax.jit(lambda x: layer.attention(x, pos, seg, packed_mixing(model, "L", pos, seg, REFERENCE).attend)[0])
     wanted = BLOCKS[block](
         1.7 * np.asarray(params["embed"])[BATCH["tokens"]],
         lambda name, x: norm_by_hand(x, "rms_plus1", mine[name]["weight"], model.norm_eps),

@@ -26,7 +26,7 @@ from hybrid_attn.bench.widths import FORMS, at_width, encoded, trained
 from hybrid_attn.config import Config, Model
 from hybrid_attn.files import write_atomically
 from hybrid_attn.model import Execution, execution_on, logits
-from hybrid_attn.model.transformer import bind, final_norm, in_packed, look_up, unstacked
+from hybrid_attn.model.transformer import bind, final_norm, look_up, packed_mixing, unstacked
 from hybrid_attn.train import loop
 from hybrid_attn.trees import check
 
@@ -49,8 +49,8 @@ def activations(model: Model, params: dict, batch: dict, execution: Execution) -
     leaves, tokens_BT, pos_BT, seg_BT = unstacked(model, params, execution.dtype), *map(batch.get, INPUTS)
     x_BTD, by_letter = look_up(leaves["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
     for letter, of_layer in zip(model.layers, leaves["layers"], strict=True):
-        exchange = in_packed(model, letter, pos_BT, seg_BT, execution)
-        y_BTD = bind(model, letter, of_layer, execution)(x_BTD, pos_BT, seg_BT, exchange, execution.mlp_chunks(letter))[0]
+        mixing = packed_mixing(model, letter, pos_BT, seg_BT, execution)
+        y_BTD = bind(model, letter, of_layer, execution)(x_BTD, pos_BT, seg_BT, mixing, execution.mlp_chunks(letter))[0]
         by_letter.setdefault(letter, []).append(rms(y_BTD - x_BTD))
         x_BTD = y_BTD
     sizes = {f"layers {letter}": jnp.stack(added).mean() for letter, added in sorted(by_letter.items())}

@@ -27,7 +27,7 @@ from hybrid_attn.evals.records import ANY, COUNT, FLAG, NAME, SIZE, grouped, int
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
-from hybrid_attn.model.transformer import Tokens, in_packed, layer_by_layer, unstacked
+from hybrid_attn.model.transformer import Tokens, layer_by_layer, packed_mixing, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 BEGIN = 10  # tokens; the weights by position leave them out
@@ -158,18 +158,18 @@ def _batch_statistics(
     seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def attend_and_measure(letter: str):
-        exchange, kind = in_packed(model, letter, pos_BT, seg_BT, execution), model.kinds[letter]
+        mixing, kind = packed_mixing(model, letter, pos_BT, seg_BT, execution), model.kinds[letter]
         scale = score_scale(model, kind)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
-            o_BTNH, _ = exchange.attend(q_BTNH, k_BTKH, v_BTKH, sinks_N)
+            o_BTNH, _ = mixing.attend(q_BTNH, k_BTKH, v_BTKH, sinks_N)
             return o_BTNH, statistics_of(q_BTNH, k_BTKH, queries, sinks_N, num_queries=num_queries, kind=kind, scale=scale)
 
-        return exchange._replace(attend=attend)
+        return mixing._replace(attend=attend)
 
     weights = unstacked(model, params, execution.dtype)
-    exchanges = [attend_and_measure(letter) for letter in model.layers]
-    _, states = layer_by_layer(model, weights, Tokens(tokens_BT, pos_BT, seg_BT), exchanges, execution)
+    mixings = [attend_and_measure(letter) for letter in model.layers]
+    _, states = layer_by_layer(model, weights, Tokens(tokens_BT, pos_BT, seg_BT), mixings, execution)
     return jax.tree.map(lambda x: jax.reshard(x, P()), [state.attention for state in states])
 
 

@@ -18,8 +18,8 @@ from hybrid_attn.infer.products import for_one_token
 from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Execution, logits
 from hybrid_attn.model.attention import attention_options
-from hybrid_attn.model.exchange import Exchange
 from hybrid_attn.model.loss import token_losses
+from hybrid_attn.model.token_mixing import TokenMixing
 from hybrid_attn.model.transformer import Tokens, layer_by_layer, unembedding
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
 
@@ -63,7 +63,7 @@ def extend(
     position_BT = jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T)
     position_BT = jax.reshard(position_BT, spec_of(tokens_BT))
 
-    def cached(letter: str, layer: LayerCache, inputs_BUD: jax.Array | None) -> Exchange:
+    def cached(letter: str, layer: LayerCache, inputs_BUD: jax.Array | None) -> TokenMixing:
         options, chunk = attention_options(config.model, letter), config.model.kinds[letter].chunk
         settings = LayerSettings(options, chunk, config.execution.kernel, config.span, config.execution.vector_products)
 
@@ -75,12 +75,12 @@ def extend(
         def convolve(weight_WD, x_BTD):
             return convolve_in_cache(weight_WD, x_BTD, inputs_BUD, counts_B)
 
-        return Exchange(attend, convolve)
+        return TokenMixing(attend, convolve)
 
-    exchanges = list(map(cached, config.model.layers, cache.layers, cache.inputs))
+    mixings = list(map(cached, config.model.layers, cache.layers, cache.inputs))
     segment_BT = (jnp.arange(T) < jax.reshard(counts_B, P(BATCH))[:, None]).astype(jnp.int32)
     tokens = Tokens(tokens_BT, position_BT, jax.reshard(segment_BT, spec_of(tokens_BT)))
-    x_BTD, states = layer_by_layer(config.model, weights, tokens, exchanges, config.execution)
+    x_BTD, states = layer_by_layer(config.model, weights, tokens, mixings, config.execution)
     layers, queries = zip(*(state.attention for state in states), strict=True)
     return x_BTD, Cache(layers, tuple(state.inputs_BUD for state in states), cache.lengths_B + counts_B), queries
 

@@ -61,7 +61,7 @@ def _backward(tokens: int, saved: tuple[jax.Array, jax.Array, jax.Array], dy_BTD
 convolved.defvjp(_forward, _backward)
 
 
-def in_packed(weight_WD: jax.Array, x_BTD: jax.Array, seg_BT: jax.Array, zigzag: bool) -> jax.Array:
+def convolve_packed(weight_WD: jax.Array, x_BTD: jax.Array, seg_BT: jax.Array, zigzag: bool) -> jax.Array:
     """y_BTD of packed sequences that the mesh may split: a shard gets the U tokens before each of its slices."""
 
     def of_slice(weight_WD: jax.Array, before_and_own: tuple[jax.Array, jax.Array], tokens: int) -> jax.Array:

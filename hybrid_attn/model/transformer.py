@@ -21,7 +21,6 @@ from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model import short_conv, statistics, transforms
 from hybrid_attn.model.attention import Attend, Attention
 from hybrid_attn.model.attention_experts import AttentionExperts
-from hybrid_attn.model.exchange import Exchange, LayerState, in_packed
 from hybrid_attn.model.execution import Chunks, Execution
 from hybrid_attn.model.loss import most_likely, token_losses
 from hybrid_attn.model.mlp import GatedMLP
@@ -29,6 +28,7 @@ from hybrid_attn.model.moe import MoE
 from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
+from hybrid_attn.model.token_mixing import LayerState, TokenMixing, packed_mixing
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, for_inference, gathered, spec_of, width_axes
 from hybrid_attn.trees import choice
@@ -104,10 +104,10 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = residual_norm(model), residual_norm(model)
 
     def __call__(
-        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, exchange: Exchange, chunks: Chunks | None
+        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, mixing: TokenMixing, chunks: Chunks | None
     ) -> tuple[jax.Array, Aux, LayerState]:
-        """The residual stream after the layer, the aux of mixer and feed-forward, and what else the `exchange` returns."""
-        tokens = pos_BT, seg_BT, exchange
+        """The residual stream after the layer, the aux of mixer and feed-forward, and what else the `mixing` returns."""
+        tokens = pos_BT, seg_BT, mixing
         if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
             h_BTD = self.norm(x_BTD)
             y_BTD, aux, state = self._mixed(h_BTD, *tokens)
@@ -121,11 +121,11 @@ class Block(nnx.Module):
         return self._sum(x_BTD, self.mlp_post_norm(z_BTD) if outer else z_BTD), added(aux, mlp_aux), state
 
     def _mixed(
-        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, exchange: Exchange
+        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, mixing: TokenMixing
     ) -> tuple[jax.Array, Aux, LayerState]:
         """What the mixer makes of its input, which the short convolution has changed if there is one."""
-        x_BTD, inputs_BUD = exchange.convolve(self.short_conv[...], x_BTD) if self.convolves else (x_BTD, None)
-        y_BTD, aux, state = getattr(self, self.mixer_name)(x_BTD, pos_BT, seg_BT, exchange.attend)
+        x_BTD, inputs_BUD = mixing.convolve(self.short_conv[...], x_BTD) if self.convolves else (x_BTD, None)
+        y_BTD, aux, state = getattr(self, self.mixer_name)(x_BTD, pos_BT, seg_BT, mixing.attend)
         return y_BTD, aux, LayerState(state, inputs_BUD)
 
     def _sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
@@ -236,7 +236,7 @@ def apply_in_zigzag(
 
     With `execution.statistics` these have `STATISTICS` too: of the layers of the periods, with the period as axis 0.
     """
-    exchanges = {letter: in_packed(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
+    mixings = {letter: packed_mixing(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
 
     def layers(letters: str, x_BTD: jax.Array, leaves: dict) -> tuple[jax.Array, tuple[Aux, dict]]:
         total, measured = {}, {}
@@ -246,7 +246,7 @@ def apply_in_zigzag(
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 block = bind(model, letter, leaves, execution)
-                x_BTD, aux, state = block(x_BTD, pos_BT, seg_BT, exchanges[letter], execution.mlp_chunks(letter))
+                x_BTD, aux, state = block(x_BTD, pos_BT, seg_BT, mixings[letter], execution.mlp_chunks(letter))
                 scalars = {name: x for name, x in aux.items() if x.ndim == 0}
                 if not execution.statistics:
                     return x_BTD, scalars, None
@@ -297,15 +297,15 @@ class Tokens(NamedTuple):
 
 
 def layer_by_layer(
-    model: Model, weights: dict, tokens: Tokens, exchanges: Sequence[Exchange], execution: Execution
+    model: Model, weights: dict, tokens: Tokens, mixings: Sequence[TokenMixing], execution: Execution
 ) -> tuple[jax.Array, list[LayerState]]:
-    """Final normed activations [B, T, D], and what else each layer's own `exchange` returns. `weights` are `unstacked`'s."""
+    """Final normed activations [B, T, D], and what else each layer's own `mixing` returns. `weights` are `unstacked`'s."""
     x_BTD = look_up(weights["embed"], tokens.ids_BT, execution.dtype) * model.embed_scale
     states = []
-    for letter, leaves, exchange in zip(model.layers, weights["layers"], exchanges, strict=True):
+    for letter, leaves, mixing in zip(model.layers, weights["layers"], mixings, strict=True):
         chunks = execution.mlp_chunks(letter) if tokens.ids_BT.shape[1] > 1 else None
         block = bind(model, letter, leaves, execution)
-        x_BTD, _, state = block(x_BTD, tokens.pos_BT, tokens.seg_BT, exchange, chunks)
+        x_BTD, _, state = block(x_BTD, tokens.pos_BT, tokens.seg_BT, mixing, chunks)
         states.append(state)
     return final_norm(model, weights, x_BTD), states
 

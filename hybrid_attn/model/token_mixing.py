@@ -19,7 +19,7 @@ from hybrid_attn.parallel import context
 Convolve = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
-class Exchange(NamedTuple):
+class TokenMixing(NamedTuple):
     """The functions by which the tokens of a layer see each other: attention, and the short convolution of a layer with one."""
 
     attend: Attend
@@ -33,7 +33,7 @@ class LayerState(NamedTuple):
     inputs_BUD: jax.Array | None
 
 
-def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution) -> Exchange:
+def packed_mixing(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution) -> TokenMixing:
     """A layer of that type sees the tokens of its own packed sequences; its statistics of attention if they are measured."""
     scheme, chunk = execution.context[letter], model.kinds[letter].chunk
     options = context.ContextOptions(attention_options(model, letter), execution.kernel, scheme, execution.zigzag)
@@ -47,6 +47,6 @@ def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, e
         return o_BTNH, statistics.of_attention(options.attention, q_BTNH, k_BTKH, pos_BT, mask_seg_BT, sinks_N)
 
     def convolve(weight_WD, x_BTD):
-        return short_conv.in_packed(weight_WD, x_BTD, seg_BT, execution.zigzag), None
+        return short_conv.convolve_packed(weight_WD, x_BTD, seg_BT, execution.zigzag), None
 
-    return Exchange(attend, convolve)
+    return TokenMixing(attend, convolve)
