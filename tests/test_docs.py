@@ -246,11 +246,39 @@ def test_a_page_with_one_error_has_one_problem(text):
 
 def test_the_readme_is_short_and_the_index_lists_every_page():
     assert len((ROOT / "README.md").read_text().splitlines()) < 160
-    docs = ROOT / "docs"
-    listed = re.findall(r"^- \[.+\]\((.+)\)$", (docs / "index.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(
-        str(path.relative_to(docs)) for path in PAGES if docs in path.parents and path.stem != "index"
+    index = ROOT / "docs" / "index.md"
+    listed = re.findall(r"^- \[.+\]\((.+)\)$", index.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(os.path.relpath(x, index.parent) for x in PAGES if x.parent != ROOT and x != index)
+
+
+def test_the_page_of_studies_has_the_question_of_each():
+    page = (ROOT / "docs" / "studies.md").read_text()
+    rows = dict(re.findall(r"^\| \[.+\]\((\.\./studies/.+)\) \| (.+) \|$", page, re.MULTILINE))
+    studies = {f"../{path.relative_to(ROOT)}": path.read_text() for path in ROOT.glob("studies/*/*.md")}
+    assert rows == {path: text.split("\n\n")[1].replace("\n", " ") for path, text in studies.items()}
+
+
+def test_what_a_page_would_load_from_the_network_is_seen(tmp_path):
+    from_network = runpy.run_path(str(ROOT / "docs" / "offline.py"))["from_network"]
+    page = tmp_path / "page.html"
+    remote = [
+        "<script async\nsrc='https://a.org/x.js'></script>",
+        '<IMG alt="x" SRC = "//a.org/x.png">',
+        '<link href="https://a.org/x.css" rel="alternate stylesheet">',
+        '<img srcset="x.png 1x, https://a.org/x.png 2x">',
+        "<p style=\"background: url('https://a.org/x.png')\">",
+        '<svg><image xlink:href="https://a.org/x.png"/></svg>',
+    ]
+    for tag in remote:
+        page.write_text(tag)
+        assert len(from_network(page)) == 1, tag
+    page.write_text(
+        '<a href="https://a.org/"><img src="x.png"></a><link rel="canonical" href="https://a.org/"><script>"//a"</script>'
     )
+    assert from_network(page) == []
+    style = tmp_path / "page.css"
+    style.write_text("@import '//a.org/x.css'; p { background: url(x.png) } q { background: url( 'https://a.org/x.png' ) }")
+    assert from_network(style) == ["//a.org/x.css", "https://a.org/x.png"]
 
 
 def test_the_pictures_equal_the_output_of_their_scripts(monkeypatch):
