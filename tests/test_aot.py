@@ -44,7 +44,7 @@ TARGETS = {
 # What the cases of whole steps change of a small config. The last two keep more of their layers than the 128 MiB of VMEM hold.
 # Their number of periods, 17, divides no number of tokens, so that the axis of a stack of layers is known by its size.
 NARROW = {"model.d_model": 256, "model.d_ff": 512}
-DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 34}
+DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 34, "train.remat": "layer"}
 STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"train.remat": "offload"}}
 SPARING = "1b 1048576 in little memory"  # a ring, and offloading
 # Whole models: target, mesh, tokens of a row (one for each shard of the batch), most GB of arguments, temporaries and the peak.
