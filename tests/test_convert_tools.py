@@ -134,7 +134,7 @@ def test_a_workdir_of_any_name_is_exported_to_a_directory_of_any_name(tools, tmp
 
 
 def test_an_export_has_a_model_card_of_its_evaluation(tools, tmp_path, one_device):
-    save_run(tmp_path / "run", seed=1)
+    save_run(tmp_path / "run", seed=1, imported="cohere2 from /cache/models--owner--name/snapshots/0123")
     model = {"seq_len": 48, "layers": "LLGLL", "parameters": flops.parameters(HYBRID)}
     for step in (2, 3):
         store(tmp_path / f"evals/{step}", *everything(0.5), step=step, model=model)
@@ -143,7 +143,22 @@ def test_an_export_has_a_model_card_of_its_evaluation(tools, tmp_path, one_devic
     assert status == 2 and "is of step 2, and the export of step 3" in err and not (tmp_path / "out").exists()
     status, said, err = tools(*command, f"--evaluation={tmp_path}/evals/3")
     assert status == 0 and "README.md" in said, err
-    assert "\n# out\n" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# out\n" in card and "\nbase_model: owner/name\n" in card and "- initial parameters: owner/name\n" in card
+
+
+def test_a_card_begins_with_an_import_a_checkpoint_or_random_parameters(tools, tmp_path):
+    with tool("export_hf") as program:
+        began_with, shown = program.began_with, program.without_folders
+    assert began_with({"stage_steps": []}) is None
+    assert shown(began_with({"imported": "llama from /models/Llama-3.1-8B"})) == "llama from Llama-3.1-8B"
+    assert shown(began_with({"imported": "a slerp merge of 2 checkpoints"})) == "a slerp merge of 2 checkpoints"
+    of_run = {"init_from": {"path": f"{tmp_path}/base/checkpoints", "step": 300}}
+    assert shown(began_with(of_run)) == "the checkpoint of step 300 in base"
+    for name, said in (("x/y", "--base_model is for the model card"), ("/x", "--base_model=/x is no id")):
+        arguments = [f"--base_model={name}", *[f"--evaluation={tmp_path}"] * (name == "/x")]
+        status, _, err = tools("export_hf", f"--checkpoint={tmp_path}", f"--out={tmp_path}/out", *arguments)
+        assert status == 2 and said in err and err.count("\n") == 1
 
 
 def test_an_export_has_the_chat_template_of_the_conversations(tools, tmp_path, one_device):
