@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from absl.testing import flagsaver
-from conftest import tiny, tool
+from conftest import ONE_LAYER, tiny, tool
 
 from hybrid_attn.programs import parse
 from hybrid_attn.train.cost import flops_per_token
@@ -45,7 +45,7 @@ def test_an_error_that_no_mesh_cures_is_shown(program, monkeypatch):
 
 
 def test_an_estimate_has_the_shards_of_its_mesh(program):
-    first, second = list(program.choices(tiny({"train.remat": "layer"}), 64, 2))
+    first, second = list(program.choices(tiny(ONE_LAYER), 64, 2))
     assert 0 < second.memory < first.memory
 
 

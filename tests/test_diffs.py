@@ -24,8 +24,18 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("diff", DIFFS, ids=lambda path: path.stem)
-def test_a_worked_diff_applies_and_its_tests_pass(diff, copy):
+OF_EACH_DIFF = pytest.mark.parametrize("diff", DIFFS, ids=lambda path: path.stem)
+
+
+@OF_EACH_DIFF
+def test_a_worked_diff_fits_the_code_and_has_a_test(diff):
+    subprocess.run(["git", "apply", "--check", diff], cwd=ROOT, check=True)
+    assert re.search(r"^\+\+\+ b/tests/test_\w+\.py$", diff.read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow  # a process for each, which compiles
+@OF_EACH_DIFF
+def test_the_tests_of_a_worked_diff_pass(diff, copy):
     subprocess.run(["git", "apply", diff], cwd=copy, check=True)
     added = re.findall(r"^\+\+\+ b/(tests/\w+\.py)$", diff.read_text(), re.MULTILINE)
     assert added and all(not (ROOT / path).exists() for path in added)

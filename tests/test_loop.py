@@ -122,18 +122,6 @@ def test_a_run_is_evaluated_as_often_as_the_config_says_and_each_time_once(corpu
     assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
 
 
-def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
-    stages = [stage(3, 24, 16), stage(3, 48, 8)]
-    loop.train(config_of(corpus, stages=stages), tmp_path)
-    stages[0]["steps"] = 2
-    with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2, 4\]"):
-        loop.train(config_of(corpus, stages=[stages[0], stages[1] | {"steps": 4}]), tmp_path)
-    with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2\]"):
-        loop.train(config_of(corpus, stages=stages[:1]), tmp_path)
-    with pytest.raises(ValueError, match=r"done 3 steps of stages\[1\], and this config has 2 there; give --steps=3 or more$"):
-        loop.train(config_of(corpus, stages=[stage(3, 24, 16), stage(2, 48, 8)]), tmp_path)
-
-
 @pytest.mark.slow
 def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_next_can(corpus, tmp_path, monkeypatch):
     sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}

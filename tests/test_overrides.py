@@ -13,7 +13,7 @@ from test_processes import ends, start_processes
 from trained import EDGE, STEPS, config_of, config_of_two_meshes, losses, stage, stop_at
 
 from configs import base
-from hybrid_attn import config
+from hybrid_attn import checkpoint, config
 from hybrid_attn.data import documents, pipeline
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
@@ -113,6 +113,45 @@ def test_packing_and_documents_follow_the_stage():
     assert identities[0]["documents"] != identities[1]["documents"]
     read = sequences[1].read([(i, 0, 48) for i in range(6)])
     assert {int(x) for sequence in read for x in sequence["tokens"]} - {tokenizer.bos, tokenizer.eos, 0} == {21, 30, 40}
+
+
+@pytest.fixture(scope="module")
+def of_two_stages(corpus, tmp_path_factory):
+    """Config and workdir of an uninterrupted run whose first stage has another window and microbatches; no evaluation."""
+    workdir = tmp_path_factory.mktemp("two_stages")
+    first = stage(EDGE, 24, 16) | {"microbatches": 2, "override": base.override(WINDOW)}
+    c = config_of(corpus, stages=[first, stage(STEPS - EDGE, 48, 8)], **{"train.checkpoint_every": EDGE, "evals.names": ()})
+    assert loop.train(c, workdir)
+    return c, workdir
+
+
+def test_a_run_that_stops_at_the_edge_of_a_stage_with_another_window_and_microbatches_goes_on_as_a_straight_one(
+    of_two_stages, tmp_path, monkeypatch, capsys
+):
+    c, straight = of_two_stages
+    with monkeypatch.context() as patch:
+        stop_at(patch, EDGE)
+        assert not loop.train(c, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == EDGE
+    assert loop.train(c, tmp_path) and f"step {EDGE} found" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(straight) and list(losses(tmp_path)) == [*range(1, STEPS + 1)]
+    assert [loading.saved_of(straight / "checkpoints", x).config.model.kinds["L"].window for x in (EDGE, STEPS)] == [9, 5]
+
+
+def test_stages_already_begun_cannot_change(of_two_stages):
+    c, workdir = of_two_stages
+    first, second = c.stages
+
+    def train(*stages):
+        loop.train(dataclasses.replace(c, stages=stages), workdir)
+
+    shorter = dataclasses.replace(first, steps=2)
+    with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2, 4\]"):
+        train(shorter, dataclasses.replace(second, steps=4))
+    with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2\]"):
+        train(shorter)
+    with pytest.raises(ValueError, match=r"done 3 steps of stages\[1\], and this config has 2 there; give --steps=3 or more$"):
+        train(first, dataclasses.replace(second, steps=2))
 
 
 @pytest.fixture(scope="module")

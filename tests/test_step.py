@@ -19,7 +19,9 @@ STAGE = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}
 
 
 def config_of(microbatches):
-    return tiny(ONE_LAYER | {"optim.z_loss": 1e-3, "stages": [STAGE | {"microbatches": microbatches}]})
+    """One config in all tests of this file, of which the step is compiled once for each number of parts."""
+    changes = {"optim.z_loss": 1e-3, "optim.warmup_steps": 4, "stages": [STAGE | {"microbatches": microbatches}]}
+    return tiny(ONE_LAYER | changes)
 
 
 def stepped(mesh, microbatches, batch=BATCH):
@@ -39,7 +41,7 @@ def whole():
 @pytest.mark.parametrize(
     "sizes, microbatches",
     [
-        pytest.param({}, 8, marks=pytest.mark.slow),
+        ({}, 8),
         pytest.param({"data": 2, "fsdp": 2}, 2, marks=pytest.mark.exhaustive),
         pytest.param({"slices": 2, "context": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
     ],
@@ -63,7 +65,7 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
 
 
 def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
-    c = tiny(ONE_LAYER | {"optim.warmup_steps": 4})
+    c = config_of(1)
     state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c.at(0), BLOCKED)
     state, first = step(state, on_mesh(BATCH))
     before = jax.device_get(state)
@@ -84,7 +86,7 @@ def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
 
 
 def test_the_norm_of_the_parameters_is_of_those_that_the_update_gives(one_device):
-    c = tiny(ONE_LAYER)
+    c = config_of(1)
     state = jax.jit(init_state, static_argnums=0)(c)
     before = jax.device_get(state.params)
     state, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))
