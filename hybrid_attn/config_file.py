@@ -112,11 +112,11 @@ def load(name: str) -> dict:
         values = trees.plain(get_config(*[argument] if colon else []))
         trees.check(isinstance(values, dict), f"get_config() returns {values!r}, and must return a ConfigDict")
     except (Exception, SystemExit) as error:
-        raise ValueError(where(error, path)) from error
+        raise ValueError(message_with_line(error, path)) from error
     return values
 
 
-def where(error: BaseException, path: str) -> str:
+def message_with_line(error: BaseException, path: str) -> str:
     """The error of a config file in one line, with the file and the line number."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame.lineno for frame in frames if Path(frame.filename).absolute() == Path(path).absolute()]

@@ -119,7 +119,7 @@ def load(folder: Path) -> Study:
         loader.exec_module(module)
         study = module.get_study() if hasattr(module, "get_study") else getattr(module, "STUDY", None)
     except Exception as error:
-        raise ValueError(config_file.where(error, str(path))) from error
+        raise ValueError(config_file.message_with_line(error, str(path))) from error
     check(isinstance(study, Study), f"{path} has neither STUDY nor get_study(), which make a hybrid_attn.studies.Study")
     return study
 
