@@ -14,12 +14,13 @@ WATCH = {"load_start": 0.1, "load_end": 1.9, "others": 0.004}
 def decode_part(ours: float, other: float) -> dict:
     """The part `decode` of one length, as a run of it writes it."""
     common = {"tokens": 2048, "prompt": 2016, "new": 2, "memory": 10**8, "answer": [3, 5]}
+    how = {"options": {"new": 2}, "repeats": 5, "revision": "abc"}
     records = [
-        {"contender": name, **common, "seconds": x, "best": x / 2, "calls": [x]}
+        {"contender": name, **common, "seconds": x, "best": x / 2, "calls": [x], **how}
         for name, x in {"ours": ours, "transformers": other}.items()
     ]
     model = {"config": "configs/bench.py", "parameters": 6_392_064, "layers": "LG", "dtype": "float32"}
-    return {"model": model, "options": {}, "repeats": 5, "watch": WATCH, "records": records}
+    return {"model": model, "watch": WATCH, "records": records}
 
 
 def result(ours: float, other: float, cores: int = 2) -> dict:
@@ -66,16 +67,28 @@ def test_two_results_are_compared_figure_by_figure_and_another_machine_is_named(
 
 
 def test_records_are_added_to_those_of_the_same_code_on_the_same_machine():
-    old, new, path = result(0.002, 0.004), result(0.001, 0.005), Path("x.json")
+    old, new = result(0.002, 0.004), result(0.001, 0.005)
     new["command"] += " --add"
-    both = results.joined(old, new, path)
+    for r in new["parts"]["decode"]["records"]:
+        r |= {"options": {"new": 3}, "repeats": 2}
+    both = results.joined(old, new)
     part = both["parts"]["decode"]
     assert [r["seconds"] for r in part["records"]] == [0.002, 0.004, 0.001, 0.005]
+    assert [(r["options"]["new"], r["repeats"]) for r in part["records"]] == [(2, 5), (2, 5), (3, 2), (3, 2)]
+    assert "medians of 5 or 2 calls of each contender" in results.section("decode", part)
     assert part["figures"] == results.figures_of(results.table.find("decode"), part)
     assert both["command"] == "python tools/bench.py --part=decode && python tools/bench.py --part=decode --add"
-    assert results.joined(old | {"parts": {}}, new, path)["parts"] == new["parts"]
+    assert results.joined(old | {"parts": {}}, new)["parts"] == new["parts"]
+
+
+def test_a_file_of_other_code_or_of_another_model_is_refused_before_records_are_added():
+    old, path = result(0.002, 0.004), Path("x.json")
+    model = old["parts"]["decode"]["model"]
+    results.check_can_add(old, old, {"decode": model, "long": None}, path)
     with pytest.raises(ValueError, match="--add to x.json: its revision differs"):
-        results.joined(old, new | {"revision": "abd"}, path)
+        results.check_can_add(old, old | {"revision": "abd"}, {"decode": model}, path)
+    with pytest.raises(ValueError, match=r"--add to x.json: its parts.decode.model differs"):
+        results.check_can_add(old, old, {"decode": model | {"digest": "abc"}}, path)
 
 
 HALF = '{"machine": {"processor": "x", "cores": 1, "memory_gib": 1}, "versions": {}, "parts": %s}'

@@ -87,7 +87,7 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
 # The others have sizes; extend and adapt need a checkpoint, and end_to_end (tests/test_end_to_end.py) needs stores.
 ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "moe": ["small", "30b"]}
 ARGUMENTS |= dict.fromkeys(("extend", "adapt", "end_to_end"), [])
-ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
+ARGUMENTS |= {"bench": ["", "olmo3"]} | dict.fromkeys(("models", "base", "mup"), [""])
 ARGUMENTS |= {
     "dense": ["tiny,seed", "2b,tables"],
     "mixture": ["tiny,sparse", "tiny,bam", "tiny,nexus_extended", "tiny,linear", "590m,btx"],
@@ -105,7 +105,7 @@ def is_alike(name):
     """Whether a config differs from another one in layers or numbers alone: it is left to `make test-exhaustive`."""
     if "paper/" in name or "recall.py:" in name or "models/" in name:
         return name not in ("configs/models/tiny_aya.py", "configs/recall.py:rnope_swa")
-    ends = "base.py", "rope_8k.py:8b", "command_a.py:full", "tiny,linear", "tiny,nexus_extended", "2b,tables"
+    ends = "base.py", "bench.py:olmo3", "rope_8k.py:8b", "command_a.py:full", "tiny,linear", "tiny,nexus_extended", "2b,tables"
     return name.endswith((":small", *BETWEEN, *ends))
 
 
@@ -156,7 +156,7 @@ def started(monkeypatch):
 
 
 def test_all_configs_are_tested():
-    assert len(SHIPPED) == 58
+    assert len(SHIPPED) == 59
 
 
 @pytest.mark.parametrize("name", ALL)

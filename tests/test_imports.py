@@ -31,6 +31,7 @@ ALLOWED["train"] |= {"data", "checkpoint", "compiled", "files", "stored"}
 ALLOWED["bench"] = {*LEFT_TO_RIGHT, "convert", "data", "checkpoint", "files", "config_file", "allocator"}
 ALLOWED["studies"] = {*LEFT_TO_RIGHT, "bench", "config_file", "files", "programs"}
 ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
+ALLOWED["bench"] |= {"configs"}  # the defaults, which a comparison with other libraries leaves as they are
 ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 
 

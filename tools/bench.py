@@ -61,25 +61,33 @@ def run_of(name: str, part, platform: str):
     return Run(c, lengths, REPEATS.value, SECONDS.value, options, platform, dtype)
 
 
-def measured(part, run, processes) -> dict:
-    """The records and figures of a part, and how they were measured."""
-    from hybrid_attn.bench import machine
+def model_of(part, run) -> dict | None:
+    """What a result says of the model that a part measures, if any; `digest` is of all that says what the model computes."""
     from hybrid_attn.model import flops
+    from hybrid_attn.train import resume
+
+    if not run.config:
+        return None
+    m, name = run.config.model, CONFIG.value.name if CONFIG.value else part.config
+    about = {"config": name, "parameters": flops.parameters(m), "layers": m.layers, "dtype": run.dtype}
+    return about | {"digest": resume.function_of(m)[:12]}
+
+
+def measured(part, run, processes, revision: str) -> dict:
+    """The records of a part, each with how it was measured: those of one file may be of several commands."""
+    from hybrid_attn.bench import machine
 
     watch = machine.Watch()
-    records = part.measure(processes, run)
-    about = {"model": None, "options": dict(run.options), "repeats": run.repeats, "watch": watch.stop(), "records": records}
-    if run.config:
-        m, name = run.config.model, CONFIG.value.name if CONFIG.value else part.config
-        sizes = {"parameters": flops.parameters(m), "layers": m.layers}
-        about["model"] = {"config": name, **sizes, "dtype": run.dtype}
-    return about
+    how = {"options": dict(run.options), "repeats": run.repeats, "revision": revision}
+    records = [r | how for r in part.measure(processes, run)]
+    return {"model": model_of(part, run), "watch": watch.stop(), "records": records}
 
 
 def command() -> str:
-    """The command line without --json, whose file may be moved."""
+    """The command line; its --json is the name of the file alone, and left out where --add does not need it."""
     arguments = [x for before, x in itertools.pairwise(sys.argv) if before != "--json" and x.partition("=")[0] != "--json"]
-    return shlex.join(["python", "tools/bench.py", *arguments])
+    file = [f"--json={Path(JSON.value).name}"] if ADD.value else []
+    return shlex.join(["python", "tools/bench.py", *arguments, *file])
 
 
 def bench() -> None:
@@ -96,15 +104,18 @@ def bench() -> None:
         runs = {name: run_of(name, part, platform) for name, part in parts.items()}
         result |= {"revision": revision(Path(__file__)), "machine": machine.describe() | {"platform": platform}}
         result |= {"versions": machine.versions(), "parts": {}}
+        if before:
+            models = {name: model_of(part, runs[name]) for name, part in parts.items()}
+            results.check_can_add(before, result, models, Path(JSON.value))
         for name, part in parts.items():
-            of_part = measured(part, runs[name], processes)
+            of_part = measured(part, runs[name], processes, result["revision"])
             of_part["figures"] = results.figures_of(part, of_part)
             result["parts"][name] = of_part
             print(f"{results.describe(result)}\n\n{part.title}: {results.section(name, of_part)}\n")
             for figure, x in part.figures(of_part["records"]).items():
                 print(f"{figure}: {x.shown}")
             if JSON.value:  # after every part: a later one may be interrupted
-                results.write(Path(JSON.value), results.joined(before, result, Path(JSON.value)) if before else result)
+                results.write(Path(JSON.value), results.joined(before, result) if before else result)
     if old:
         print(f"\n{results.compared(old, result)}")
 

@@ -46,7 +46,12 @@ def make_ours(values: dict, length: int, new: int, chunk: int) -> Ready:
         seconds, timing = time.perf_counter() - start, engine.timing
         return Answer(seconds - timing.decode_s, timing.decode_s / new, answer.tokens.tolist(), timing.cache_bytes)
 
-    return Ready(run, None, flops.parameters(c.model))
+    return Ready(run, None, flops.parameters(c.model), engine.execution.kernel)
+
+
+def same_tokens(answer: list[int], other: list[int]) -> int:
+    """How many tokens of two answers of the same length are the same at the same position."""
+    return sum(a == b for a, b in zip(answer, other, strict=True))
 
 
 def check_new(new: int, lengths: list[int]) -> None:
@@ -88,7 +93,7 @@ def table(records: list[dict], unit: str, scale: float, tokens: str) -> str:
         our, row = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
         if "missing" in r or "missing" in our:
             return row
-        same = sum(a == b for a, b in zip(r["answer"], our["answer"], strict=True))
+        same = same_tokens(r["answer"], our["answer"])
         row += [f"{scale * r['seconds']:.3g}", f"{scale * r['best']:.3g}", f"{r.get(tokens, 1) / r['seconds']:,.1f}"]
         return [*row, f"{r['seconds'] / our['seconds']:.2f}", f"{same}/{len(our['answer'])}", measurement.gib(r["memory"])]
 

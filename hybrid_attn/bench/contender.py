@@ -21,12 +21,13 @@ LIBRARIES = ("jax", "torch", "transformers", "maxtext")
 class Ready(NamedTuple):
     """`run` does the work once and waits for its end; `memory` is its memory in bytes, or None to measure the process.
 
-    `parameters` is the number of parameters of the model, where there is one.
+    `parameters` is the number of parameters of the model and `kernel` the name of its attention, where there is one.
     """
 
     run: Callable[[], Any]
     memory: int | None
     parameters: int | None = None
+    kernel: str | None = None
 
 
 class Answer(NamedTuple):
@@ -44,17 +45,21 @@ def status(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
-def measured(ready: Ready, calls: int) -> dict:
-    """Seconds and results of `calls` calls, when the first began and ended, the highest memory of the process, its versions."""
-    times, results = [(time.time(), time.perf_counter())], []
-    for _ in range(calls):
+def measured(ready: Ready, calls: int, enough: float) -> dict:
+    """Seconds and results of the calls, when the first began and ended, the highest memory of the process, its versions.
+
+    There are `calls` of them, or fewer: none follows once those after the first have taken `enough` seconds.
+    """
+    began, ended, seconds, results = time.time(), None, [], []
+    while len(seconds) < calls and (len(seconds) < 2 or sum(seconds[1:]) < enough):
+        begin = time.perf_counter()
         results.append(ready.run())
-        times.append((time.time(), time.perf_counter()))
-    seconds = [after - before for (_, before), (_, after) in zip(times, times[1:], strict=False)]
+        seconds.append(time.perf_counter() - begin)
+        ended = ended or time.time()
     memory = status("VmHWM") if STATUS.exists() else None
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES if name in sys.modules}
-    about = {"began": times[0][0], "ended": times[1][0], "parameters": ready.parameters, "memory": memory}
-    return about | {"seconds": seconds, "results": results, "versions": versions | {"python": platform.python_version()}}
+    about = {"parameters": ready.parameters, "kernel": ready.kernel, "memory": memory, "seconds": seconds, "results": results}
+    return {"began": began, "ended": ended} | about | {"versions": versions | {"python": platform.python_version()}}
 
 
 def main(path: Path) -> None:
@@ -65,7 +70,7 @@ def main(path: Path) -> None:
     request, made = json.loads(path.read_text()), None
     for module, function, arguments in request["functions"]:
         made = getattr(importlib.import_module(module), function)(*arguments)
-    path.write_text(json.dumps(measured(made, request["calls"])))
+    path.write_text(json.dumps(measured(made, request["calls"], request["enough"])))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ from hybrid_attn.trees import check
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
 
 
+def says_out_of_memory(text: str) -> bool:
+    return any(said in text for said in OUT_OF_MEMORY)
+
+
+def does_not_fit(limit: int) -> str:
+    return f"needs more than {limit / machine.GIB:.3g} GiB"
+
+
 class Task(NamedTuple):
     """The work of one contender: `make(*args)`, called in the process of `library`, returns a `Ready`."""
 
@@ -185,6 +193,11 @@ def no_transformers(platform: str, dtype: str) -> str:
     absent = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if absent:
         return f"{' and '.join(absent)} not installed; install the extra `oracle`"
+    return not_in_float32_on_cpu(platform, dtype)
+
+
+def not_in_float32_on_cpu(platform: str, dtype: str) -> str:
+    """Why another library is not compared with here, empty if it is."""
     return "" if (platform, dtype) == ("cpu", "float32") else f"compared in float32 on a CPU, not in {dtype} on {platform}"
 
 
@@ -217,10 +230,10 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         memory = status("VmHWM") - before if watched else _ready[name].memory
         return Measured([], [], [result], memory, None)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+        if not isinstance(error, MemoryError) and not says_out_of_memory(str(error)):
             raise
         _ready.pop(name, None)
-        return Measured([], [], [], None, f"needs more than {limit / machine.GIB:.3g} GiB")
+        return Measured([], [], [], None, does_not_fit(limit))
 
 
 def _again(name: str, shortest: float) -> tuple[float, float, Any]:

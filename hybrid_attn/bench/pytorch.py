@@ -5,6 +5,8 @@ import time
 from hybrid_attn.bench import machine
 from hybrid_attn.bench.contender import Answer, Ready
 
+ATTENTION = "sdpa"  # PyTorch's scaled dot-product attention
+
 
 def exported_model(directory: str):
     """An exported model in float32 on PyTorch, with its scaled dot-product attention and the threads that XLA has."""
@@ -13,7 +15,7 @@ def exported_model(directory: str):
 
     torch.set_num_threads(machine.threads())
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation=ATTENTION, dtype=torch.float32)
 
 
 def make_steps(directory: str, tokens_BT: list[list[int]], optim: dict, rates: list[float], recompute: bool) -> Ready:
@@ -50,7 +52,7 @@ def make_steps(directory: str, tokens_BT: list[list[int]], optim: dict, rates: l
 
     loss_of(tokens[:, :16]).backward()  # starts the threads
     adamw.zero_grad()
-    return Ready(run, None, model.num_parameters())
+    return Ready(run, None, model.num_parameters(), ATTENTION)
 
 
 def make_answers(directory: str, prompt: list[int], new: int) -> Ready:
@@ -75,4 +77,4 @@ def make_answers(directory: str, prompt: list[int], new: int) -> Ready:
 
     prompt = torch.tensor([prompt])
     answer(prompt[:, :16])  # starts the threads
-    return Ready(lambda: answer(prompt), None, model.num_parameters())
+    return Ready(lambda: answer(prompt), None, model.num_parameters(), ATTENTION)

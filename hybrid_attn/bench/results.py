@@ -12,7 +12,8 @@ from hybrid_attn.bench.part import Figure, Part, show
 from hybrid_attn.trees import check
 
 MACHINE = ("processor", "cores", "memory_gib")  # what a result says of its machine, and of each part
-PART = ("model", "repeats", "watch", "records", "figures")
+CODE = ("machine", "versions", "revision")  # what results of one file have in common
+PART = ("model", "watch", "records", "figures")
 SIDES = ("before", "after")  # folders beside the page, with the JSON files of the code before a change and after it
 
 
@@ -49,14 +50,18 @@ def figures_of(part: Part, measured: dict) -> dict[str, dict]:
     return {name: {"value": x.value, "unit": x.unit} for name, x in part.figures(measured["records"]).items()}
 
 
-def joined(old: dict, new: dict, path: Path) -> dict:
-    """`new` with the records of `old` before its own; ValueError where another machine or other code measured those."""
-    different = [key for key in ("machine", "versions", "revision") if old[key] != new[key]]
-    different += [f"parts.{name}.model" for name, x in new["parts"].items() if x["model"] != old["parts"].get(name, x)["model"]]
+def check_can_add(old: dict, new: dict, models: dict[str, dict | None], path: Path) -> None:
+    """ValueError where `old`, which `path` has, is of another machine or code, or its parts are of others than these models."""
+    different = [key for key in CODE if old.get(key) != new[key]]
+    different += [f"parts.{name}.model" for name, x in models.items() if x != old["parts"].get(name, {"model": x})["model"]]
     check(
         not different,
         f"--add to {path}: its {', '.join(different)} differs, so the figures would not compare; name another --json",
     )
+
+
+def joined(old: dict, new: dict) -> dict:
+    """`new` with the records of `old` before its own."""
     parts = dict(old["parts"])
     for name, measured in new["parts"].items():
         before = parts.get(name, measured | {"records": []})
@@ -103,7 +108,8 @@ def section(name: str, measured: dict) -> str:
     if m:
         how.append(f"{m['config']}, {m['parameters']:,} parameters, layers {m['layers']}, {m['dtype']}")
     if any("calls" in r for r in measured["records"]):
-        how.append(f"medians of {measured['repeats']} calls of each contender in turn, and the best call")
+        calls = " or ".join(str(number) for number in dict.fromkeys(r["repeats"] for r in measured["records"]))
+        how.append(f"medians of {calls} calls of each contender in turn, and the best call")
     if peaks := [r["peak"] for r in measured["records"] if "peak" in r]:
         how.append(f"matmul peak {max(peaks) / 1e9:,.1f} GFLOP/s")
     return f"{'; '.join(how)}. {machine.idleness(measured['watch'])}\n\n{part.table(measured['records'])}"

@@ -19,6 +19,7 @@ TARGETS = {2048: 1.5, 8192: 2.5}  # the time of `transformers` over ours, by tok
 
 def transformers_steps(c: Config, directory: str, decayed: list[str], recompute: bool) -> tuple:
     """The arguments of `pytorch.make_steps` for the steps of `c` with the model that is exported in a directory."""
+    training.check_update(c)
     optim = c.optim
     update = {"decayed": decayed, "weight_decay": optim.weight_decay, "betas": [optim.b1, optim.b2], "eps": optim.eps}
     rates = [float(schedule(optim, c.pieces)(step)) for step in range(c.total_steps)]

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.bench import measurement
 from hybrid_attn.bench.contender import Ready
 from hybrid_attn.bench.measurement import Processes, Task
 from hybrid_attn.bench.part import Run, share_of_peak
 from hybrid_attn.config import Config
 from hybrid_attn.config_model import attention_heads
+from hybrid_attn.configs import base
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.parallel import fit
@@ -25,6 +26,9 @@ from hybrid_attn.train.step import executions, init_state, make_steps
 from hybrid_attn.trees import check
 
 OF_PEAK = {8192: 0.5}  # the target: the share of the matmul peak that our step reaches, by tokens
+TRANSLATED = ("lr", "b1", "b2", "eps", "weight_decay", "clip_norm", "schedule", "warmup_steps", "decay_fraction", "decay_shape")
+TRANSLATED += ("final_lr_ratio",)  # keys of optim that steps of other libraries have too
+OF_STAGE = ("name", "steps", "tokens", "seq_len", "batch")  # keys of a stage that they have
 HEADER = (
     *("contender", "layers", "tokens", "s", "best", "tokens/s", "time / ours", "FLOPs / ours", "MFU", "GiB"),
     *("first loss", "last"),
@@ -50,7 +54,8 @@ def batch_of(c: Config) -> dict[str, np.ndarray]:
 def make_ours(values: dict, statistics: bool = False) -> Ready:
     """Steps of the trainer on one device; on an accelerator, memory is what the compiler reserves."""
     c = config.build(values)
-    (step,) = make_steps(c, executions(c, jax.default_backend()), statistics=statistics)
+    runs = executions(c, jax.default_backend())
+    (step,) = make_steps(c, runs, statistics=statistics)
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     fit.check(c, 1)
     with jax.set_mesh(mesh):
@@ -64,7 +69,7 @@ def make_ours(values: dict, statistics: bool = False) -> Ready:
         return float(jax.block_until_ready(metrics)["loss"])
 
     reserved = None if jax.default_backend() == "cpu" else program.memory_analysis().temp_size_in_bytes
-    return Ready(run, reserved, flops.parameters(c.model))
+    return Ready(run, reserved, flops.parameters(c.model), runs[0].kernel)
 
 
 def ours(c: Config, statistics: bool = False) -> tuple[Config, Task]:
@@ -74,6 +79,19 @@ def ours(c: Config, statistics: bool = False) -> tuple[Config, Task]:
 def at_length(c: Config, S: int, repeats: int) -> Config:
     """`c` with sequences of S tokens, and as many steps as are taken."""
     return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=repeats + 1, seq_len=S),))
+
+
+def check_update(c: Config) -> None:
+    """ValueError where the steps of another library, which translate what `TRANSLATED` names, would not be those of `c`."""
+    usual, lines = config.build(base.get_config().to_dict()), []
+    for group, translated, pair in (
+        ("optim.", TRANSLATED, (usual.optim, c.optim)),
+        ("stages[0].", OF_STAGE, (usual.stages[0], c.stages[0])),
+    ):
+        fields = [{key: x for key, x in config.to_dict(of).items() if key not in translated} for of in pair]
+        lines += trees.differences(*fields, group)
+    problem = f"other libraries take plain steps of AdamW here, and --config differs from that in {'; '.join(lines)}"
+    check(not lines, f"{problem}; leave these at their defaults")
 
 
 def needed(c: Config) -> float:
