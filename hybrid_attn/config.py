@@ -58,7 +58,7 @@ from hybrid_attn.trees import Partial, Table, check, check_fields, suggestion, w
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
-# Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
+# Keys that a stage may override; those of the model only if all arrays of the state but factors of low rank stay the same.
 OF_STAGES = (
     "model.*", "mesh.*", "data.packing", "data.sources.*.min_length", "train.dtype", "train.remat", "train.overlap",
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
@@ -311,13 +311,13 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
 
 def _check_adapter(c: Config) -> None:
     """ValueError for keys that do not go with an adapter, or with factors of low rank."""
-    adapter, fraction, half_life = c.model.adapter.type, c.model.low_rank.rank_fraction, c.optim.ema_half_life
-    key = f"model.low_rank.rank_fraction={fraction}" if adapter is None else f"model.adapter.type={adapter!r}"
+    adapter, key, half_life = c.model.adapter.type, f"model.adapter.type={c.model.adapter.type!r}", c.optim.ema_half_life
     averages = f"optim.ema_half_life={half_life} averages all parameters, and with {key} most are fixed; leave it at None"
     check(adapter is None or half_life is None, averages)
-    chunk = next((stage.train.mlp_chunk for stage in c.each_stage if stage.train.mlp_chunk is not None), None)
-    chunked = f"train.mlp_chunk={chunk} and {key}: use only one, as a feed-forward that both concern takes all tokens at once"
-    check(chunk is None or adapter is None and fraction is None, f"{chunked}; leave train.mlp_chunk at None")
+    for chunk, fraction in ((x.train.mlp_chunk, x.model.low_rank.rank_fraction) for x in c.each_stage):
+        both = f"train.mlp_chunk={chunk} and {key if fraction is None else f'model.low_rank.rank_fraction={fraction}'}"
+        chunked = f"{both}: use only one, as a feed-forward that both concern takes all tokens at once"
+        check(chunk is None or adapter is None and fraction is None, f"{chunked}; leave train.mlp_chunk at None")
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:

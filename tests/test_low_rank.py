@@ -244,7 +244,7 @@ def test_factors_of_several_runs_are_not_averaged_and_those_of_one_run_are():
     with tool("merge") as merge:
         models = [merge.Model(name, step, "params", saved) for name, step in (("one", 1), ("one", 2), ("two", 2))]
         merge.check_same_factors(models[:2])
-        with pytest.raises(ValueError, match="^one/1 has factors of low rank; merge checkpoints of one run, or export each"):
+        with pytest.raises(ValueError, match="^one/1 has factors of low rank; merge checkpoints of one stage of one run, or"):
             merge.check_same_factors(models)
 
 

@@ -45,7 +45,7 @@ def saved():
 def test_a_change_of_the_arrays_is_refused_by_field_and_value(saved, changes, keys, one_device, monkeypatch):
     monkeypatch.setitem(OPTIMISERS, "sgd", lambda optim, specs, rate: optax.sgd(optim.lr))
     with pytest.raises(ValueError, match="^the checkpoint of step 3 is of another model or optimiser .*\n") as refused:
-        check_arrays(saved, tiny(changes), "the checkpoint of step 3")
+        check_arrays(saved, tiny(changes), 3, "the checkpoint of step 3")
     lines = str(refused.value).splitlines()[1:-1]
     assert len(lines) == len(keys) and all(key in line for key, line in zip(keys, lines, strict=True)), lines
     assert all(line.endswith(f"-> {changes[line.split(':')[0].strip()]!r}") for line in lines)
@@ -54,7 +54,7 @@ def test_a_change_of_the_arrays_is_refused_by_field_and_value(saved, changes, ke
 @pytest.mark.parametrize("key", FUNCTION)
 def test_a_change_of_the_function_needs_the_stage_to_name_the_field(saved, key, one_device):
     c = tiny({key: FUNCTION[key]})
-    check_arrays(saved, c, "it")
+    check_arrays(saved, c, 3, "it")
     with pytest.raises(ValueError, match=f"(?s)step 3 .*\n  {key}: .* -> {FUNCTION[key]!r}\n.*stages.1..model_changes={key}$"):
         check_function(saved, tiny({key: FUNCTION[key], "stages": [STAGE | {"steps": 3, "model_changes": (key,)}, STAGE]}), 3)
     (line,) = check_function(saved, tiny({key: FUNCTION[key], "stages": [STAGE | {"model_changes": (key,)}]}), 3)
@@ -64,7 +64,7 @@ def test_a_change_of_the_function_needs_the_stage_to_name_the_field(saved, key, 
 def test_a_layer_type_of_the_pattern_that_has_no_layer_yet_is_no_other_model(one_device):
     short = {"model.pattern": "LLG", "model.num_layers": 2}
     with pytest.raises(ValueError, match="model or optimiser .*\n  model.d_ff: 48 -> 56\nuse"):
-        check_arrays(config.to_dict(tiny(short)), tiny(short | {"model.d_ff": 56, "model.norm_eps": 1e-3}), "it")
+        check_arrays(config.to_dict(tiny(short)), tiny(short | {"model.d_ff": 56, "model.norm_eps": 1e-3}), 3, "it")
 
 
 def test_of_another_pattern_only_fields_of_layer_types_in_both_have_to_be_named(one_device):
@@ -100,14 +100,14 @@ def test_what_the_trained_parameters_do_not_depend_on_may_change(saved, changes,
         c = config.build(values)
     else:
         c = tiny(changes)
-    check_arrays(saved, c, "it")
+    check_arrays(saved, c, 3, "it")
     assert check_function(saved, c, 3) == []
 
 
 def test_the_model_of_another_version_is_refused_with_all_that_differs(saved):
     saved["model"]["gone"] = saved["model"].pop("norm_eps")
     with pytest.raises(ValueError, match="\n  model.gone: 1e-05 -> None\n  model.norm_eps: None -> 1e-05\n"):
-        check_arrays(saved, tiny(), "it")
+        check_arrays(saved, tiny(), 3, "it")
 
 
 def test_a_stage_that_names_no_field_of_the_model_is_a_wrong_config():

@@ -144,14 +144,24 @@ def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
 
 
 def check_same_factors(merged: Sequence[Model]) -> None:
-    """ValueError for factors of several runs.
+    """ValueError for factors of several runs, or of one run before and after an edge at which factors were made anew.
 
     U and V of two runs may differ though U V is the same; the product of their means is then another matrix.
     """
     with_factors = [x for x in merged if x.saved.config.model.low_rank.rank_fraction is not None]
-    if with_factors and len({x.directory for x in merged}) > 1:
-        cure = "merge checkpoints of one run, or export each with tools/export_hf.py, and import that"
+    if with_factors and (len({x.directory for x in merged}) > 1 or len(factors_between(with_factors)) > 1):
+        cure = "merge checkpoints of one stage of one run, or export each with tools/export_hf.py, and import that"
         raise ValueError(f"{with_factors[0].name} has factors of low rank; {cure}")
+
+
+def factors_between(models: Sequence[Model]) -> set[config.LowRank]:
+    """What the stages have as `model.low_rank` from the first to the last stage of checkpoints of one run."""
+    stages = [max(len(x.saved.stage_steps) - 1, 0) for x in models]
+    if len(set(stages)) == 1:
+        return {models[0].saved.config.model.low_rank}
+    newest = max(models, key=lambda model: model.step)
+    c = config.build_checkpoint_config(checkpoint.read_config(newest.directory, newest.step))
+    return {c.of_stage(stage).model.low_rank for stage in range(min(stages), max(stages) + 1)}
 
 
 def differences(merged: Sequence[Model]) -> list[str]:

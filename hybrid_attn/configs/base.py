@@ -93,7 +93,7 @@ def adapter(**changes) -> ConfigDict:
 
 
 def low_rank(**changes) -> ConfigDict:
-    """Matrices that are products of two factors from the first step on; none without `changes`."""
+    """Matrices that are products of two factors; none without `changes`."""
     f = ConfigDict()
     f.rank_fraction = None  # the rank over the shorter side of the matrix, at most 1; None = all matrices are dense
     # The matrices, by name or pattern. Those of keys and values are small already where few heads share them.
@@ -161,7 +161,8 @@ def stage(**changes) -> ConfigDict:
     s.lr_schedule = None  # lr_schedule(...): the learning rate of this stage; None = that of optim
     # Keys of the config that have another value in this stage: override({"model.kinds.L.rope_theta": 1e6, "mesh.context": 4}).
     # They may be of model, mesh, train, data.packing, data.sources.NAME.min_length, and of optim, except where all stages share
-    # the value, such as that of train.keep; no key may change the arrays of the state.
+    # the value, such as that of train.keep. Of those that change the arrays of the state only model.low_rank.rank_fraction and
+    # model.low_rank.targets are possible: docs/low_rank.md
     s.override = ConfigDict()
     # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all, or those of
     # model.adapter. The others and their moments keep their bits.

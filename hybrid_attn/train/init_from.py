@@ -5,7 +5,6 @@ Every parameter is accounted for: one of this model is copied, or `init_from.new
 rank here come from one matrix there, by its largest singular vectors. Only parameters are taken: the optimiser state is new.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ from hybrid_attn import checkpoint, trees
 from hybrid_attn.config import Config, InitFrom, to_dict, with_override
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
-from hybrid_attn.model import transforms
+from hybrid_attn.model import abstract_params, transforms
 from hybrid_attn.model.params import EMBEDDING
 from hybrid_attn.model.transformer import specs
-from hybrid_attn.model.transforms import low_rank
 from hybrid_attn.names import matching, nearest, prefixes
 from hybrid_attn.stored import first_eight, inside
-from hybrid_attn.train.step import TrainState, abstract_state, init_state
+from hybrid_attn.train import edge
+from hybrid_attn.train.step import TrainState, abstract_on, abstract_state, init_state
 from hybrid_attn.train.trainable import has_state
 from hybrid_attn.trees import check
 
@@ -69,10 +68,10 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
 
 def with_matrices(c: Config, mesh: Mesh, expected: dict, there: Shapes) -> dict:
     """The `expected` parameters, with a matrix in place of two factors where the checkpoint has it."""
-    if c.model.low_rank.rank_fraction is None:
+    model = c.at(0).model
+    if model.low_rank.rank_fraction is None:
         return expected
-    dense = dataclasses.replace(c, model=transforms.dense(c.model))
-    of_dense = flatten_dict(abstract_state(dense, mesh).params, sep="/")
+    of_dense = flatten_dict(abstract_on(mesh, abstract_params(transforms.dense(model))), sep="/")
     matrices = {name: x for name, x in of_dense.items() if name not in expected and source_of(c.init_from, name) in there}
     return {name: x for name, x in expected.items() if name.rpartition("/")[0] not in matrices} | matrices
 
@@ -202,13 +201,7 @@ def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def started(c: Config, copied: dict[str, jax.Array]) -> TrainState:
     """The state before the first step with the `copied` parameters, by name, and with the initial values of the others."""
-    params, matrices = flatten_dict(init_state(c).params, sep="/"), flatten_dict(specs(transforms.dense(c.model)), sep="/")
-    for name, x in copied.items():
-        if name in params:
-            params[name] = x
-        else:
-            pair = low_rank.decomposed(c.model.low_rank, matrices[name], x, ones=False)
-            params |= {f"{name}/{factor}": y for factor, y in pair.items()}
+    params = flatten_dict(init_state(c).params, sep="/") | edge.converted(c.at(0).model, copied)
     return init_state(c, unflatten_dict(params, sep="/"))
 
 

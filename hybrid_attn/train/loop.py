@@ -363,7 +363,7 @@ def first_state(
     if checkpoints.latest() is None:
         return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
     if (newest := checkpoints.newest_config()) is not None:
-        check_arrays(newest[1], c, f"the checkpoint of step {newest[0]} in {checkpoints.directory}")
+        check_arrays(newest[1], c, newest[0], f"the checkpoint of step {newest[0]} in {checkpoints.directory}")
     step, state, saved = checkpoints.restore(lambda step: abstract_state(c, mesh, c.last_stage(step)))
     state = with_extras(c, c.last_stage(step), state)
     expected = data_state(c, identities, step, {})

@@ -13,7 +13,7 @@ import jax
 from flax.traverse_util import unflatten_dict
 
 from hybrid_attn import trees
-from hybrid_attn.config import Config, Model, build_checkpoint_config, build_model, to_dict, with_override
+from hybrid_attn.config import DENSE, Config, Model, build_checkpoint_config, build_model, to_dict, with_override
 from hybrid_attn.model import init
 from hybrid_attn.stored import digest
 from hybrid_attn.train.objectives.objective import SETTINGS
@@ -34,10 +34,10 @@ LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same ste
 Range = tuple[int, int]
 
 
-def check_arrays(saved: Mapping, c: Config, checkpoint: str) -> None:
-    """ValueError with the fields by which `c` has a state of other arrays than the `saved` config of `checkpoint`."""
+def check_arrays(saved: Mapping, c: Config, step: int, checkpoint: str) -> None:
+    """ValueError with the fields by which `c` has other arrays after `step` than the `saved` config of `checkpoint`."""
     try:
-        old, new = fields_of(saved), fields_of(to_dict(c))
+        old, new = (fields_of(with_override(x, stage_before(x, step))) for x in (saved, to_dict(c)))
     except ValueError:  # the model of another version of this program
         lines = trees.differences(saved["model"], to_dict(c)["model"], "model.")
     else:
@@ -47,11 +47,12 @@ def check_arrays(saved: Mapping, c: Config, checkpoint: str) -> None:
 
 
 def check_overrides(c: Config) -> None:
-    """ValueError for a stage whose override changes the arrays of the state, on the mesh in force."""
-    values = to_dict(c)
+    """ValueError for a stage whose override changes the arrays of the state but for factors, on the mesh in force."""
+    values, dense = to_dict(c), {"model": {"low_rank": to_dict(DENSE)}}
+    of_run = fields_of(trees.merged(values, dense))
     for index in range(len(c.stages)):
-        lines = array_changes(fields_of(values), fields_of(with_override(values, index)), c)
-        problem = f"stages[{index}].override changes the arrays of the state, which all stages share (run -> stage):"
+        lines = array_changes(of_run, fields_of(trees.merged(with_override(values, index), dense)), c)
+        problem = f"stages[{index}].override changes the arrays of the state, which stages share except factors (run -> stage):"
         check(not lines, "\n  ".join([problem, *lines]))
 
 

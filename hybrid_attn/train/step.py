@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init, ranks
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train import average, spikes, statistics, trainable
+from hybrid_attn.train import average, edge, spikes, statistics, trainable
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser, without_biases
@@ -21,7 +21,7 @@ from hybrid_attn.train.schedule import schedule
 
 
 class TrainState(NamedTuple):
-    """What a step changes and a checkpoint holds; `extras` are those of `extras_at` the stage of its last step."""
+    """What a step changes and a checkpoint holds: the arrays of its last step's stage, whose extras `extras_at` names."""
 
     step: jax.Array
     params: dict
@@ -35,11 +35,12 @@ Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 def init_state(config: Config, params: dict | None = None, stage: int = 0) -> TrainState:
     """The state before the first step, of new parameters or `params`, on the mesh in force; every mesh has the same values.
 
-    With `stage` it has the extras of that stage, for programs that only run steps of that stage.
+    With `stage` it has the arrays of that stage, for programs that only run steps of that stage.
     """
-    params = init(config.model, jax.random.key(config.seed)) if params is None else params
-    state = TrainState(jnp.int32(0), params, optimiser(config).init(params))
-    return state._replace(extras=_started(config.at(stage), extras_at(config, stage), params))
+    of_stage = config.at(stage)
+    params = init(of_stage.model, jax.random.key(config.seed)) if params is None else params
+    state = TrainState(jnp.int32(0), params, optimiser(of_stage).init(params))
+    return state._replace(extras=_started(of_stage, extras_at(config, stage), params))
 
 
 def extras_at(config: Config, stage: int) -> dict[str, Extra]:
@@ -65,13 +66,27 @@ def with_extras(config: Config, stage: int, state: TrainState) -> TrainState:
 
 
 def begin_stage(config: Config, stage: int, state: TrainState) -> TrainState:
-    """The state before the first step of a stage: with the extras that this stage has alone, without those of others."""
+    """The state before the first step of a stage, from that after the last step of the stage before it.
+
+    It has the parameters of this stage, the extras that this stage has alone, and none that other stages have alone.
+    """
+    if edge.changes_arrays(config, stage):
+        state = _converted(config, stage, state)
     names = {name for other in config.each_stage for name, extra in extras_of_stage(other).items() if extra.of_stage}
     if not names:
         return state
     extras = {name: x for name, x in state.extras.items() if name not in names}
     new = {name: extra for name, extra in extras_of_stage(config.at(stage)).items() if name in names}
     return _with_started(config.at(stage), new, state._replace(extras=extras))
+
+
+def _converted(config: Config, stage: int, state: TrainState) -> TrainState:
+    """The state with the parameters of a stage; extras that have other arrays then, such as an average, start anew."""
+    params, opt_state = edge.arrays_of(config.at(stage), state.params, state.opt_state)
+    expected = jax.eval_shape(functools.partial(_started, config.at(stage), extras_at(config, stage)), params)
+    shapes, shapes_before = (jax.tree.map(jnp.shape, x) for x in (expected, state.extras))
+    extras = {name: x for name, x in state.extras.items() if name in shapes and shapes[name] == shapes_before[name]}
+    return with_extras(config, stage, state._replace(params=params, opt_state=opt_state, extras=extras))
 
 
 def _with_started(config: StageConfig, new: dict[str, Extra], state: TrainState) -> TrainState:

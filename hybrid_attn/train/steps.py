@@ -17,7 +17,7 @@ from hybrid_attn import trees
 from hybrid_attn.checkpoint import INIT_FROM, IS_BASE, Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.parallel.mesh import on_mesh
-from hybrid_attn.train import spikes, statistics
+from hybrid_attn.train import edge, spikes, statistics
 from hybrid_attn.train.console import stage_of
 from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.goodput import Goodput
@@ -83,7 +83,7 @@ class Loop:
             while goes_on and self.step < self.config.total_steps:
                 stage, done = self.config.stage_at(self.step)
                 with jax.set_mesh(self.meshes[stage]):
-                    self.enter_stage(stage, done)
+                    self.enter_mesh(self.meshes[stage])
                     goes_on = self.train_stage(stage, self.step - done + self.config.stages[stage].steps)
             self.report()
         finally:
@@ -94,7 +94,8 @@ class Loop:
         """Trains until step `end`, the last of a stage; False if the run must end before.
 
         The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
-        and before the first step here too: an earlier process may have been stopped before their evaluation ended.
+        and before the first step here too: an earlier process may have been stopped before their evaluation ended. The stage
+        begins once its first batch is read, because the state that is evaluated or saved before is that of the stage before it.
         """
         every, measured_every = self.config.evals.every, self.config.train.statistics_every
         while self.step < end:
@@ -110,6 +111,8 @@ class Loop:
             if batch is None:
                 return False
             self.trace(self.step + 1)
+            if self.config.stage_at(self.step) == (stage, 0):
+                self.begin_stage(stage)
             self.step += 1
             if is_skipped(self.step, self.skipped):
                 self.skip()
@@ -122,20 +125,25 @@ class Loop:
                 self.save()
         return True
 
-    def enter_stage(self, stage: int, done: int) -> None:
-        """Shards the state over the mesh of a stage of which `done` steps are done, and begins the stage if there are none.
-
-        Where the stage begins with another loss or other trained parameters, the losses and norms until now are forgotten.
-        """
-        if self.meshes[stage] != self.mesh:
+    def enter_mesh(self, mesh: Mesh) -> None:
+        """Shards the state over the mesh of a stage."""
+        if mesh != self.mesh:
             self.report()
-            self.mesh = self.meshes[stage]
-            self.state = on_mesh(self.state, self.mesh, donate=True)
-        if done == 0:
-            self.state = begin_stage(self.config, stage, self.state)
-        around = self.config.stages[max(stage - 1, 0) : stage + 1]
-        losses = {(x.trainable, x.objective, x.average_over, x.preference) for x in around}
-        if done == 0 and len(losses) == 2 and spikes.NAME in self.state.extras:
+            self.mesh = mesh
+            self.state = on_mesh(self.state, mesh, donate=True)
+
+    def begin_stage(self, stage: int) -> None:
+        """Turns the state into that of a stage.
+
+        Where the stage begins with another loss, other factors or other trained parameters, the losses and norms until now are
+        forgotten.
+        """
+        if edge.changes_arrays(self.config, stage):
+            self.report()
+        self.state = begin_stage(self.config, stage, self.state)
+        around = self.config.each_stage[max(stage - 1, 0) : stage + 1]
+        losses = {(x.trainable, x.objective, x.average_over, x.preference, x.model.low_rank) for x in around}
+        if len(losses) == 2 and spikes.NAME in self.state.extras:
             self.state = forget_history(self.state)
 
     def trace(self, step: int) -> None:

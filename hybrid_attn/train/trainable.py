@@ -74,16 +74,21 @@ def apply_gradient(
     trains = jax.tree.map(lambda x: x is not None, grads, is_leaf=lambda x: x is None)
     # The zeros cost nothing: the compiler drops what only an update that is not taken needs.
     updates, new_state = tx.update(merged(grads, jax.tree.map(jnp.zeros_like, params)), opt_state, params)
-    is_new = optax.tree.map_params(
+    is_new = of_state(tx, opt_state, trains)
+    new_params = _chosen(trains, optax.apply_updates(params, updates), params)
+    return only(updates, trains), new_params, _chosen(is_new, new_state, opt_state)
+
+
+def of_state(tx: optax.GradientTransformation, opt_state: optax.OptState, flags: dict) -> optax.OptState:
+    """The flag of its parameter for each array of the optimiser state, such as a moment; True for others, such as counts."""
+    return optax.tree.map_params(
         tx,
         lambda x, flag: x if _is_masked(x) else flag,
         opt_state,
-        trains,
+        flags,
         transform_non_params=lambda _: True,
         is_leaf=_is_masked,
     )
-    new_params = _chosen(trains, optax.apply_updates(params, updates), params)
-    return only(updates, trains), new_params, _chosen(is_new, new_state, opt_state)
 
 
 def _is_masked(x) -> bool:

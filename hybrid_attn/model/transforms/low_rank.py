@@ -98,6 +98,13 @@ def _decomposed(r: int, spec: ParamSpec, ones: bool, w: jax.Array) -> tuple[jax.
     return jax.reshard(u, P(*split[:at], None)), jax.reshard(v, P(None, *split[at:]))
 
 
+def matrix(spec: ParamSpec, u: jax.Array, v: jax.Array) -> jax.Array:
+    """The product U V of two factors, or of those of each period, in float32; `spec` is that of the matrix."""
+    p, n, m = "p" * (u.ndim - spec.fan_in - 1), "abc"[: spec.fan_in], "xyz"[: len(spec.shape) - spec.fan_in]
+    sharding = P(*(None for _ in p), *spec.sharding)
+    return jnp.einsum(f"{p}{n}r,{p}r{m}->{p}{n}{m}", u, v, precision="highest", out_sharding=sharding)
+
+
 def _drawn(specs: dict[str, ParamSpec], weight: Weight, rngs: nnx.Rngs) -> dict[str, jax.Array]:
     shape = weight[...].shape
     periods = shape[: len(shape) - len(weight.spec.shape)]
