@@ -322,7 +322,9 @@ def _check_adapter(c: Config) -> None:
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:
     if source.task is not None:
-        least, half = parts * shortest_sequence(source), "and sequences from half of that on, " if parts == 2 else ""
+        parts = 1 if TASKS[source.task].text else parts
+        least = parts * shortest_sequence(source.task, source.pairs)
+        half = "and sequences from half of that on, " if parts == 2 else ""
         check(
             length >= least,
             f"{field} {length} is too short for data.sources.{name}: task={source.task!r} with pairs={source.pairs} "

@@ -17,11 +17,15 @@ HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an 
 
 
 class TaskForm(NamedTuple):
-    """The sequences of a task: the most pairs (None: no pairs), and their fewest tokens without pairs and per pair."""
+    """The sequences of a task: the most pairs (None: no pairs), and their fewest tokens without pairs and per pair.
+
+    A task with a `text` hides its pairs in the documents of its source.
+    """
 
     pairs: int | None
     tokens: int
     tokens_a_pair: int
+    text: bool = False
 
 
 TASKS = {
@@ -29,6 +33,7 @@ TASKS = {
     "mqar": TaskForm(127, 1, 4),
     "copy": TaskForm(None, 3, 0),
     "tracking": TaskForm(4, HOPS + 3, 3 * (HOPS + 1)),
+    "needle": TaskForm(16, 200, 374, text=True),
 }
 
 
@@ -66,7 +71,7 @@ class Source:
         check(self.store != "", "store='' names no token store; use None for text files")
         if self.task is None:
             return
-        for name in ("paths", "store", "min_length", "label"):
+        for name in () if TASKS[self.task].text else ("paths", "store", "min_length", "label"):
             value = getattr(self, name)
             check(not value, f"a source has task={self.task!r} or documents, and {name}={value!r} is of documents")
         most = TASKS[self.task].pairs
@@ -74,10 +79,10 @@ class Source:
         check(ok, f"pairs={self.pairs} must lie between 1 and {most} for task={self.task!r}")
 
 
-def shortest_sequence(source: Source) -> int:
-    """The fewest tokens of a sequence of the source's task."""
-    form = TASKS[source.task]
-    return form.tokens + form.tokens_a_pair * source.pairs
+def shortest_sequence(task: str, pairs: int) -> int:
+    """The fewest tokens of a sequence of a task with so many pairs."""
+    form = TASKS[task]
+    return form.tokens + form.tokens_a_pair * pairs
 
 
 @dataclasses.dataclass(frozen=True)

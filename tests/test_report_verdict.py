@@ -54,7 +54,8 @@ def test_recall_at_chance_is_called_chance():
     assert "no more than a guess (25%)" in text
     known = {name: guess(f"{name} of 4 pairs") for name in ("recall", "mqar", "tracking")}
     assert known == {"recall": 1 / 4, "mqar": 1 / 4, "tracking": 1 / 16} and guess("copy") == 1 / 16
-    assert set(known) | {"copy"} == set(config.TASKS)
+    assert guess("needle of 4 pairs in 0123456789abcdef") == 1 / 10
+    assert set(known) | {"copy", "needle"} == set(config.TASKS)
     assert guess("something else") is None and guess("recall of 0 pairs") is None
     (section,) = (x for x in sections.sections([run_of("run", [], records)]) if x.name == "recall")
     assert levels(section.pictures[0])["chance"] == 0.25

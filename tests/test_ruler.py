@@ -11,9 +11,10 @@ import types
 
 import pytest
 
+from hybrid_attn.data import words
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import ruler, samples
-from hybrid_attn.evals.ruler import compat, fit, scores, tasks, words
+from hybrid_attn.evals.ruler import compat, fit, scores, tasks
 from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import read_hotpot, read_squad
 

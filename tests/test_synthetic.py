@@ -183,7 +183,7 @@ def test_the_identity_of_a_stage_has_the_task_and_its_pairs():
 def test_the_shortest_sequences_that_a_config_may_have_can_be_generated_and_shorter_ones_are_refused(name):
     c = config.build(base.get_config())
     source = config.build(config.to_dict(c) | {"data": config.to_dict(c)["data"] | {"sources": {"x": base.source(task=name)}}})
-    least = config.shortest_sequence(source.data.sources["x"])
+    least = config.shortest_sequence(name, source.data.sources["x"].pairs)
     for sequence in sequences_of(name, seq_len=2 * least):
         content(sequence)
     changes = {"data.sources": {"x": base.source(task=name)}, "evals.lengths": (0.5,)}

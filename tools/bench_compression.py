@@ -86,7 +86,7 @@ def bench() -> None:
     least = min(slots.values())
     check(least > WINDOW.value, f"--shares: {least} slots leave nothing beside --window={WINDOW.value}; use larger shares")
     source = config.Source((), None, 0, None, "recall", PAIRS.value)
-    shortest = config.shortest_sequence(source)
+    shortest = config.shortest_sequence(source.task, source.pairs)
     check(LENGTH.value >= shortest, f"--length={LENGTH.value}: {PAIRS.value} pairs need {shortest} tokens")
     with jax.set_mesh(mesh_over_first()):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)

@@ -22,6 +22,7 @@ from absl import flags
 
 from hybrid_attn import allocator, compiled, files, programs
 from hybrid_attn import checkpoint as checkpoints
+from hybrid_attn.data import synthetic
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import haystack, heldout, limits, prompt_set, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance
@@ -255,7 +256,8 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalCon
         named = heldout.named(HELDOUT.value)
         held_out = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
-    own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
+    own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task in synthetic.TASKS and name in c.sources}
+    own |= {name: x for name, x in held_out.documents.items() if isinstance(x, Task)}  # those that hide something in a text
     of_source = {"trained": source.trained, "tasks": with_own(own), "stops": stops, "pairs": held_out.pairs}
     judged = data["prompt_set"] and data["prompt_set"].of_model(directory, source.step)
     context = EvalContext(eval_model, None, held_out.documents, **of_source | data | {"prompt_set": judged})

@@ -114,9 +114,11 @@ def source(**changes) -> ConfigDict:
     s.label = None  # only documents with this label; None = all
     # Synthetic sequences instead of documents. They are new in every step, have seq_len / 2 to seq_len tokens, and only their
     # answers have a loss. recall: pairs in noise, then queries. mqar: multi-query associative recall. copy: letters, twice.
-    # tracking: chains of assignments in noise, then the variables with a value.
-    s.task = None  # recall | mqar | copy | tracking; None = documents
-    s.pairs = 4  # (key, value) pairs in a sequence of recall or mqar; chains in a sequence of tracking
+    # tracking: chains of assignments in noise, then the variables with a value. needle: of the documents that the source would
+    # have, one or several in a sequence, with numbers hidden in them and questions about these at the end of each.
+    s.task = None  # recall | mqar | copy | tracking | needle; None = documents
+    # (key, value) pairs in a sequence of recall or mqar; chains in one of tracking; at most so many needles in a document
+    s.pairs = 4
     s.update(changes)
     return s
 

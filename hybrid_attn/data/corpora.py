@@ -11,7 +11,8 @@ from hybrid_attn.data.synthetic import Task
 
 
 class Corpus(NamedTuple):
-    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split.
+    """The training and the held-out split of one source; copies of a document are in the same split. A task without a text has
+    no split.
 
     Evaluations measure every token of `heldout`, without loss masks. `heldout_pairs` are the same documents as pairs, with
     their loss masks, if the source holds pairs.
@@ -66,8 +67,16 @@ def _named(data: config.Data, names: Iterable[str]) -> dict[str, config.Source]:
 
 
 def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:
-    if source.task is not None:
+    if source.task is None:
+        return _split(source, holdout, tokenizer, open_store)
+    if not config.TASKS[source.task].text:
         return Corpus(*[Task(source.task, source.pairs)] * 2)
+    text = _split(source, holdout, tokenizer, open_store)
+    return Corpus(*(Task(source.task, source.pairs, x) for x in (text.training, text.heldout)))
+
+
+def _split(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:
+    """The documents of a source in their two splits."""
     available = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
     selected = available.select(available.joint_lengths() >= source.min_length)
     labelled = ""

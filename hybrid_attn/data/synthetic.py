@@ -2,17 +2,20 @@
 
 A sequence is BOS and then bytes, so that it decodes to text. Every target with a weight is an answer that the earlier tokens
 of the sequence determine. `config.TASKS` has the largest number of pairs and the shortest sequence of each task. A sequence has
-n tokens and T positions, padding included.
+n tokens and T positions, padding included. Those of the task "needle" are made of the text of documents: `data.needles`.
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from hybrid_attn import config
 from hybrid_attn.config import HOPS, QUERIES
+from hybrid_attn.data import needles
+from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.needles import Raw, Sample
 from hybrid_attn.data.packed import check_len, padding_arrays
 from hybrid_attn.data.tokenizer import ByteTokenizer
 
@@ -25,26 +28,26 @@ IS = ord("=")
 MQAR_TOKENS = 256  # the bytes: those from 1 to below the middle are keys, those from the middle on are values
 MQAR_POWER = 0.01  # as in zoology: the gap between a pair and its query has a density of about 1 / gap
 
-Raw = Callable[[int], np.ndarray]  # n -> n random uint64
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, targets and weights, each [n]
-
 
 class Task(NamedTuple):
-    """A synthetic source: the name of one of `TASKS`, and the number of pairs in a sequence if the task has pairs."""
+    """A synthetic source: the name of a task, the number of pairs in a sequence if it has pairs, and its text if it has one."""
 
     name: str
     pairs: int
+    text: Documents | None = None
 
     def fingerprint(self) -> str:
         """Distinguishes the sequences of this task from those of others."""
-        return self.name if config.TASKS[self.name].pairs is None else f"{self.name} of {self.pairs} pairs"
+        name = self.name if config.TASKS[self.name].pairs is None else f"{self.name} of {self.pairs} pairs"
+        return name if self.text is None else f"{name} in {self.text.fingerprint()}"
 
 
 class SyntheticSequences:
     """The sequences of a task, with the interface of `packed.PackedSequences`.
 
-    With a `seed` they are for training and have `seq_len` / 2 to `seq_len` tokens. Without one they are held out: full,
-    independent of the sequences of every seed, and the same for every config; a repeated query has no weight.
+    With a `seed` they are for training and have `seq_len` / 2 to `seq_len` tokens; of the task "needle" each is filled with
+    documents. Without one they are held out: full, independent of the sequences of every seed, and the same for every config;
+    a repeated query has no weight.
     """
 
     paired = False  # no sequence is made of pairs of completions
@@ -53,7 +56,7 @@ class SyntheticSequences:
         check_len(seq_len)
         self.task, self.seq_len = task, seq_len
         self._heldout = seed is None
-        self.shortest = seq_len if seed is None else seq_len // 2
+        self.shortest = seq_len if seed is None or task.text else seq_len // 2
         self._entropy = (1, seq_len) if seed is None else (0, seed)
 
     def __len__(self) -> int:
@@ -72,17 +75,29 @@ class SyntheticSequences:
         # NumPy promises that the raw stream of a bit generator never changes; it does not promise this of Generator.choice.
         raw = np.random.Philox(np.random.SeedSequence((*self._entropy, index))).random_raw
         n = self.shortest + int(raw(1)[0] % (self.seq_len - self.shortest + 1))
-        tokens_n, targets_n, weights_n = TASKS[self.task.name](raw, n, self.task.pairs)
-        if self.task.name == "recall" and self._heldout:
+        arrays, start = padding_arrays(self.seq_len), 0
+        for segment, (tokens_n, targets_n, weights_n) in enumerate(self._samples(raw, n), 1):
+            part = slice(start, start := start + len(tokens_n))
+            arrays["tokens"][part], arrays["positions"][part], arrays["segments"][part] = (
+                tokens_n,
+                np.arange(len(tokens_n)),
+                segment,
+            )
+            arrays["targets"][part], arrays["weights"][part] = targets_n * weights_n, weights_n
+            arrays["bytes"][part] = weights_n  # an answer is a byte
+        return arrays
+
+    def _samples(self, raw: Raw, n: int) -> Iterable[Sample]:
+        """The documents of a sequence of `n` tokens."""
+        name, pairs, text = self.task
+        if text is not None:
+            return [needles.document(raw, n, pairs, text)] if self._heldout else needles.filling(raw, n, pairs, text)
+        tokens_n, targets_n, weights_n = TASKS[name](raw, n, pairs)
+        if name == "recall" and self._heldout:
             answers = np.flatnonzero(weights_n)
             weights_n = np.zeros_like(weights_n)  # but for the first query of each key
             weights_n[answers[np.unique(tokens_n[answers], return_index=True)[1]]] = 1
-        n = len(tokens_n)
-        arrays = padding_arrays(self.seq_len)
-        arrays["tokens"][:n], arrays["positions"][:n], arrays["segments"][:n] = tokens_n, np.arange(n), 1
-        arrays["targets"][:n], arrays["weights"][:n] = targets_n * weights_n, weights_n
-        arrays["bytes"][:n] = weights_n  # an answer is a byte
-        return arrays
+        return [(tokens_n, targets_n, weights_n)]
 
 
 def recall(raw: Raw, n: int, pairs: int) -> Sample:

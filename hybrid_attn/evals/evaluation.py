@@ -171,7 +171,7 @@ def check_sequence(context: EvalContext, settings: Settings, unit: Unit) -> None
 
 def check_task_fits(unit: Unit, task: object) -> None:
     """TooLongError where the shortest sequence of a synthetic task is longer than the unit; documents have no shortest one."""
-    if isinstance(task, Task) and unit.length < (least := config.shortest_sequence(config.Source((), None, 0, None, *task))):
+    if isinstance(task, Task) and unit.length < (least := config.shortest_sequence(task.name, task.pairs)):
         raise TooLongError(
             f"{unit.eval} of {unit.part}: its shortest sequence has {least} tokens, and {unit.length} are asked for"
         )

@@ -7,12 +7,14 @@ have one key: the first stands at the depth, the others at equal distances below
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 
+from hybrid_attn.data import words
+from hybrid_attn.data.needles import FIND_ONE, NEEDLE
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, report_of
 from hybrid_attn.evals.records import SIZE, grouped, number
 from hybrid_attn.evals.replies import answer_records, replies_to
-from hybrid_attn.evals.ruler import fit, scores, words
+from hybrid_attn.evals.ruler import fit, scores
 from hybrid_attn.evals.ruler.draws import of_sample
-from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
+from hybrid_attn.evals.ruler.tasks import FIND_ALL
 from hybrid_attn.evals.samples import Sample, spent
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 from hybrid_attn.trees import check

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from hybrid_attn import trees
+from hybrid_attn.data import words
+from hybrid_attn.data.needles import FIND_ONE, NEEDLE
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.synthetic import SyntheticSequences, Task
-from hybrid_attn.evals.ruler import words
-from hybrid_attn.evals.ruler.tasks import FIND_ONE, NEEDLE
 from hybrid_attn.evals.types import Spec
 
 SENTENCE = 256  # tokens that the needle moves back at most, to follow the end of a sentence or a line

@@ -5,6 +5,7 @@ Only bytes have such tasks: a vocabulary of a few hundred words, so that all log
 
 import functools
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -24,7 +25,8 @@ from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, 
 from hybrid_attn.model import Execution, apply, logits
 from hybrid_attn.parallel.mesh import batch_shards
 
-TASK = re.compile(r"(\w+)(?: of (\d{1,4}) pairs)?")  # its name and number of pairs
+TASK = re.compile(r"(\w+)(?: of (\d{1,4}) pairs)?(?: in [0-9a-f]+)?")  # its name, its number of pairs, and its text
+SYMBOLS = {"copy": len(KEYS) + len(VALUES), "needle": len(string.digits)}  # of which an answer is one
 TOKENS = 8192  # of a batch on each of its shards: their logits all exist at once
 
 
@@ -60,8 +62,8 @@ def guess(task: str) -> float | None:
     """The share of answers that a guess has right in a task, "recall of 4 pairs": among what its sequence names, or letters."""
     match = TASK.fullmatch(task)
     name, pairs = match.groups() if match else (None, None)
-    if name == "copy":
-        return 1 / (len(KEYS) + len(VALUES))
+    if name in SYMBOLS:
+        return 1 / SYMBOLS[name]
     if not pairs or not int(pairs):
         return None
     return {"recall": 1 / int(pairs), "mqar": 1 / int(pairs), "tracking": 1 / (int(pairs) * (HOPS + 1))}.get(name)

@@ -17,6 +17,7 @@ TASKS = {
     "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",
     "copy": "letters, then the same letters",
     "tracking": "chains of assignments in noise, then a value whose variables are asked for",
+    "needle": "numbers in held-out text, then questions about them, whose digits are predicted one by one",
 }
 COLUMNS = [
     *(SOURCE, TASK, LENGTH, Column("sequences", ",", lambda run, r: len(r["by_row"])), Column("answers", ",")),

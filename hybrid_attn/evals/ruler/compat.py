@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn.data.words import pairs
 from hybrid_attn.evals.ruler import draws as own
 from hybrid_attn.evals.ruler import tasks
 from hybrid_attn.evals.ruler.draws import Draws
 from hybrid_attn.evals.ruler.fit import count, source
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Question, SampleSpec
-from hybrid_attn.evals.ruler.words import pairs
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.files import read_object
 from hybrid_attn.trees import check

@@ -4,7 +4,8 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from hybrid_attn.evals.ruler import tasks, words
+from hybrid_attn.data import words
+from hybrid_attn.evals.ruler import tasks
 from hybrid_attn.evals.ruler.draws import Draws, of_sample
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Question, SampleSpec

@@ -5,6 +5,7 @@ import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hybrid_attn.data.needles import FIND_ONE, NEEDLE
 from hybrid_attn.evals.ruler.draws import Draws
 from hybrid_attn.evals.ruler.qa import Questions
 
@@ -46,7 +47,6 @@ NAMES = (*NEEDLES, "vt", "cwe", "fwe", *QA)
 ESSAYS = tuple(name for name, kind in NEEDLES.items() if kind.haystack == "essay")
 NEW_TOKENS = dict.fromkeys(NEEDLES, 128) | {"vt": 30, "cwe": 120, "fwe": 50} | dict.fromkeys(QA, 32)
 
-NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent
 FIND_ALL = (
@@ -54,12 +54,6 @@ FIND_ALL = (
     "I will quiz you about the {kind} afterwards.\n{context}\n"
     "What are all the special magic {kind} for {query} mentioned in the provided text?"
     " The special magic {kind} for {query} mentioned in the provided text are"
-)
-FIND_ONE = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What is the special magic {kind} for {query} mentioned in the provided text?"
-    " The special magic {kind} for {query} mentioned in the provided text is"
 )
 TRACK = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
