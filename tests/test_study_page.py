@@ -117,6 +117,14 @@ def test_the_table_counts_what_learned_and_what_is_missing():
     assert set(rows[3].split("|")[2].strip()) == {"—"}
 
 
+def test_the_table_shows_the_metrics_that_the_study_names():
+    of_steps = dataclasses.replace(STUDY, table=("steps",))
+    header, _, row, _ = page.table(results(of_steps, **CLOSE)).splitlines()
+    assert "steps" in header and "right" not in header and row.split("|")[2].strip() == "9"
+    with pytest.raises(ValueError, match="names the metric 'share', which"):
+        dataclasses.replace(STUDY, table=("share",))
+
+
 def test_the_best_of_those_that_learned_comes_first():
     best_first = dataclasses.replace(STUDY, sorted_by="steps")
     learned, quick = [(0.9, 300), (0.8, 310)], [(0.9, 10), (0.4, 10)]

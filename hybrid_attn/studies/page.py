@@ -16,13 +16,18 @@ SECTIONS = ("Design", "Verdict", "What would change our mind")  # of a new page,
 
 def table(results: Results) -> str:
     """A row for each cell: means of its seeds, the seeds that learned the task, and what a run costs."""
-    metrics, learns = results.study.metrics, results.study.learned is not None
-    header = ["cell", *metrics, *["learned"] * learns, "CPU seconds", "FLOPs"]
+    learns = results.study.learned is not None
+    header = ["cell", *_columns(results), *["learned"] * learns, "CPU seconds", "FLOPs"]
     return markdown(header, [_row(results, cell) for cell in ordered(results)])
 
 
+def _columns(results: Results) -> Sequence[str]:
+    """The metrics that the table shows."""
+    return results.study.table or [*results.study.metrics]
+
+
 def _row(results: Results, cell: str) -> list[str]:
-    lines, means = [*results.of(cell).values()], [_shown(results, cell, metric) for metric in results.study.metrics]
+    lines, means = [*results.of(cell).values()], [_shown(results, cell, metric) for metric in _columns(results)]
     if not lines:
         return [cell]
     learned = [f"{len(results.learned(cell))} of {len(lines)}"] * (results.study.learned is not None)

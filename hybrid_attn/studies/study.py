@@ -57,8 +57,9 @@ class Study:
     `changes` are those of all cells; a cell's own come after them. A run has learned the task if the metric `learned[0]`
     reaches `learned[1]`. `claims` may be a function of the results that returns them. `plot` draws a figure of the results; its
     method `check`, if it has one, gets the study before anything is trained. The table and the verdicts are written into
-    `page`, seen from the folder of the study. Rows of the table are in the order of the cells, or of the mean of the metric
-    `sorted_by`, best first; those in which a seed did not learn the task come after the others.
+    `page`, seen from the folder of the study. The table has the metrics `table`, or all. Its rows are in the order of the
+    cells, or of the mean of the metric `sorted_by`, best first; those in which a seed did not learn the task come after the
+    others.
 
     With `one_core` a run has one core of the CPU and no compile cache, and studies without it do not share its workdir: its CPU
     seconds depend on its config and the machine.
@@ -76,11 +77,13 @@ class Study:
     page: str = "README.md"
     sorted_by: str | None = None
     one_core: bool = False
+    table: Sequence[str] = ()
 
     def __post_init__(self):
         check(bool(self.cells) and bool(self.metrics), f"the study {self.title!r} needs a cell and a metric at least")
         for name in self.cells:
             check(NAME.fullmatch(name) is not None, f"the cell {name!r} becomes a folder: use letters, digits, and any of _.+-")
+        self.check_names("metric", self.metrics, self.table)
         if self.sorted_by is not None:
             self.check_names("metric", self.metrics, [self.sorted_by])
         if self.learned is not None:
