@@ -285,5 +285,5 @@ def test_the_part_writes_a_file_to_which_another_run_of_the_same_code_is_added(t
     assert len(step["processes"][0]["seconds"]) == 2 and len(decode["processes"][0]["seconds"]) == 3
     assert "missing" in theirs or abs(theirs["losses"][0] - step["losses"][0]) < 1e-3
     assert theirs["contender"] == "transformers" and "| decode " in done.stdout
-    other = run("--lengths=64", "--options=workload=decode,contenders=ours,new=4", "--config.model.kinds.L.window=16")
+    other = run("--lengths=64", "--options=workload=decode,contenders=ours,new=4", "--config.model.norm_eps=1e-3")
     assert other.returncode == 2 and "its parts.peers.model differs" in other.stderr and "1/1" not in other.stderr

@@ -81,6 +81,8 @@ def assert_as_on_one_device(
 
 # In reading order: two windows of the five.
 HALOS = [(window, True) for window in WINDOWS] + [("smaller", False), ("all", False)]
+SLOW = ("larger", True), ("a shard", True), ("all", False)
+HALOS = [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in HALOS]
 
 
 @pytest.mark.parametrize("window, zigzag", HALOS)

@@ -34,11 +34,10 @@ def converted(model: Model, params: dict[str, jax.Array]) -> dict[str, jax.Array
     own, matrices = (flatten_dict(specs(x), sep="/") for x in (model, transforms.dense(model)))
     out = {name: x for name, x in params.items() if name in own and x.shape[x.ndim - len(own[name].shape) :] == own[name].shape}
     for name in sorted({x if x in matrices else x.rpartition("/")[0] for x in params.keys() - out.keys()}):
-        w = (
-            params[name]
-            if name in params
-            else low_rank.matrix(matrices[name], *(params[f"{name}/{x}"] for x in (low_rank.U, low_rank.V)))
-        )
+        if name in params:
+            w = params[name]
+        else:
+            w = low_rank.matrix(matrices[name], *(params[f"{name}/{x}"] for x in (low_rank.U, low_rank.V)))
         if name in own:
             out[name] = w
         else:
