@@ -260,6 +260,7 @@ def test_steps_that_other_libraries_do_not_take_are_refused(olmo3):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_part_writes_a_file_to_which_another_run_of_the_same_code_is_added(tmp_path):
     """Beside transformers where it is installed; tests/test_bench.py tests other parts alike."""
     sizes = {"num_layers": 4, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 24}
