@@ -59,8 +59,8 @@ def has_accelerator() -> bool:
     """Whether jax takes an accelerator here. A short process asks it: in this one jax would hold the memory of the device."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
-    asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True)
-    return asked.stdout.strip() not in ("cpu", "")  # where jax finds no device at all, each run says so
+    answer = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True)
+    return answer.stdout.strip() not in ("cpu", "")  # where jax finds no device at all, each run says so
 
 
 @contextlib.contextmanager

@@ -106,8 +106,8 @@ def figure(results: Results) -> "Figure":
     from hybrid_attn.evals.report import pictures
 
     with pictures.style():
-        drawn = Figure(figsize=(11, 3.4), layout="constrained")
-        across, *grids = drawn.subplots(1, 1 + len(LAYOUTS), width_ratios=(1.6, 1, 1))
+        canvas = Figure(figsize=(11, 3.4), layout="constrained")
+        across, *grids = canvas.subplots(1, 1 + len(LAYOUTS), width_ratios=(1.6, 1, 1))
         for cell, colour in zip(LAYOUTS, pictures.RUNS, strict=False):
             means = [_mean(results, cell, name) for name in LOSS.values()]
             across.plot(range(len(LOSS)), means, marker="o", color=colour, label=cell)
@@ -117,7 +117,7 @@ def figure(results: Results) -> "Figure":
         across.legend()
         for axes, cell in zip(grids, LAYOUTS, strict=True):
             _needle_grid(axes, cell, [[_mean(results, cell, GRID[x, depth]) for x in LENGTHS] for depth in DEPTHS])
-    return drawn
+    return canvas
 
 
 def _mean(results: Results, cell: str, name: str) -> float:
