@@ -35,7 +35,7 @@ if not ends:
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 1.0 + seed}) + "\\n")
 """
 WRITTEN = """
-from hybrid_attn.studies import Cell, Claim, Curves, Study, logged, over_metrics
+from hybrid_attn.studies import Cell, Claim, Curves, Study, logged, over_cells, over_metrics
 STUDY = Study("Title", "Question?", {"a": Cell("c.py"), "b": Cell("c.py", {"optim.lr": 0.5})}, {"loss": logged("loss")},
               Curves({"": over_metrics(("a", "b"), {"loss": "loss"})}, "", "loss", "linear"),
               changes={"stages[0].steps": 3}, seeds=2)
@@ -203,6 +203,8 @@ WRONG = {
     "a metric of the plot": (["s"], ('{"loss": "loss"}', '{"loss": "los"}'), "names the metric 'los', which is not one of"),
     "a scale": (["s"], ('"linear"', '"linea"'), "has the scale 'linea', which is not one of 'share', 'linear', 'log'; did you"),
     "no line": (["s"], ('over_metrics(("a", "b"), {"loss": "loss"})', "{}"), "the plot of 'Title' needs a line in every panel"),
+    "equal lines": (["s"], ('over_metrics(("a", "b"), {"loss": "loss"})', 'over_cells({x: {1: "a"} for x in "pq"}, "loss")'),
+                    "has the panel '', in which two lines show the same"),
     "a name": (["s"], ('"a": ', '"a b": '), "the cell 'a b' becomes a folder"),
 }  # fmt: skip
 
@@ -222,7 +224,7 @@ def test_a_line_that_is_no_result_is_refused(folder, capsys):
 
 
 REAL = """
-from hybrid_attn.studies import SHARE, Cell, Curves, Study, evaluated, logged, over_metrics
+from hybrid_attn.studies import SHARE, Cell, Curves, Study, evaluated, logged, over_cells, over_metrics
 SMALL = {"model.pattern": "LG", "model.num_layers": 2, "model.d_model": 16, "model.head_dim": 8, "model.d_ff": 16}
 SMALL |= {"data.sources.text.task": "recall", "stages[0].seq_len": 64, "stages[0].steps": 2, "train.checkpoint_every": 1}
 SMALL |= {"train.sinks": (), "evals.names": ("recall",), "evals.lengths": (1.0,), "evals.tokens": 256}

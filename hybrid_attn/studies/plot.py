@@ -29,8 +29,11 @@ class Curves(NamedTuple):
     trained: Sequence[int] = ()
 
     def check(self, study: Study) -> None:
-        """ValueError for a panel without a line, and for a name that the study or the plot does not have."""
+        """ValueError for a panel without lines or with two equal ones, and for an unknown cell, metric or scale."""
         check(bool(self.panels) and all(self.panels.values()), f"the plot of {study.title!r} needs a line in every panel")
+        for name, lines in self.panels.items():
+            is_distinct = len({tuple(line.items()) for line in lines.values()}) == len(lines)
+            check(is_distinct, f"the plot of {study.title!r} has the panel {name!r}, in which two lines show the same")
         problem = not_among(self.scale, SCALES)
         check(not problem, f"the plot of {study.title!r} has the scale {self.scale!r}, which {problem}")
         points = [point for panel in self.panels.values() for line in panel.values() for point in line.values()]
@@ -44,10 +47,11 @@ class Curves(NamedTuple):
             mean = mean_of([*results.values(cell, metric).values()], results.study.metrics[metric].bounds)
             return (mean.mean, mean.low, mean.high)
 
+        labels = [*dict.fromkeys(label for lines in self.panels.values() for label in lines)]  # each has a colour in all panels
         panels = {
             name: [
-                pictures.Line(label, number, {x: point(*of) for x, of in line.items()})
-                for number, (label, line) in enumerate(lines.items())
+                pictures.Line(label, labels.index(label), {x: point(*of) for x, of in line.items()})
+                for label, line in lines.items()
             ]
             for name, lines in self.panels.items()
         }

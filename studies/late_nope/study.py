@@ -3,16 +3,10 @@
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells
 from studies.probe import FARTHEST, LEARNED, METRICS, NEAR
 
-LAYOUTS = {"window and RoPE, then full attention": "swa_rope", "full attention": "rope"}
+LAYOUTS = "swa_rope", "rope"
 SHARES = {"0%": 0.0, "50%": 0.5, "80%": 0.8, "95%": 0.95, "never": 1.0}  # of the steps before RoPE is dropped
-NAMES = {layout: {x: f"{layout}_{x.rstrip('%')}" for x in SHARES} for layout in LAYOUTS.values()}
+NAMES = {layout: {x: f"{layout}_{x.rstrip('%')}" for x in SHARES} for layout in LAYOUTS}
 HYBRID, FULL = NAMES["swa_rope"], NAMES["rope"]
-
-
-def lines(metric: str) -> dict:
-    """Of a metric: a line for each layout, over the share of the steps before RoPE is dropped."""
-    return over_cells({label: NAMES[layout] for label, layout in LAYOUTS.items()}, metric)
-
 
 STUDY = Study(
     title="NoPE from the start, or RoPE that is dropped late",
@@ -31,5 +25,6 @@ STUDY = Study(
         Claim("With full attention, dropping RoPE after 80% recalls more there than NoPE from the start.",
               FULL["80%"], FULL["0%"], FARTHEST),
     ),
-    plot=Curves({"64 tokens": lines(NEAR), "1,024 tokens": lines(FARTHEST)}, "steps with RoPE", "right answers", "share"),
+    plot=Curves({"64 tokens": over_cells(NAMES, NEAR), "1,024 tokens": over_cells(NAMES, FARTHEST)},
+                "steps with RoPE", "right answers", "share"),
 )  # fmt: skip

@@ -1,15 +1,15 @@
 """The place of the global layers, and their number at equal bytes of the KV cache of long sequences."""
 
-from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells, over_metrics
+from hybrid_attn.studies import Cell, Claim, Curves, Study, over_metrics
 from studies.probe import FARTHEST, LEARNED, METRICS, RECALL
 
 PLACES = {
     "last": "LLLGLLLG", "first": "GLLLGLLL", "clustered_last": "LLLLLLGG", "clustered_first": "GGLLLLLL",
     "clustered_middle": "LLLGGLLL", "ends": "GLLLLLLG",
 }  # fmt: skip
-# Global layers times key/value heads is 4: the windows keep little beside it.
-RATIOS = {"1to1": "LGLGLGLG-1", "3to1": "LLLGLLLG-2", "7to1": "LLLLLLLG-4"}
-CELLS = PLACES | {name: RATIOS[name] for name in ("1to1", "7to1")}
+# Global layers times key/value heads is 4, as in the cell `last`: the windows keep little beside it.
+RATIOS = {"1to1": "LGLGLGLG-1", "7to1": "LLLLLLLG-4"}
+CELLS = PLACES | RATIOS
 
 STUDY = Study(
     title="Where the global layers stand",
@@ -24,9 +24,6 @@ STUDY = Study(
         Claim("3:1 recalls more than 1:1 at equal bytes.", "last", "1to1", FARTHEST),
         Claim("3:1 recalls more than 7:1 at equal bytes.", "last", "7to1", FARTHEST),
     ),
-    plot=Curves(
-        {"place": over_metrics([*PLACES], RECALL), "local to global layers": over_cells(
-            {f"{n:,} tokens": {"1:1": "1to1", "3:1": "last", "7:1": "7to1"} for n in (64, 1024)}, FARTHEST)},
-        "", "right answers", "share",
-    ),
+    plot=Curves({"place": over_metrics(PLACES, RECALL), "number": over_metrics(("last", *RATIOS), RECALL)},
+                "tokens", "right answers", "share", (64,)),
 )  # fmt: skip
