@@ -14,7 +14,7 @@ from converted import HYBRID, assert_same, read, write
 from flax.traverse_util import unflatten_dict
 from test_adapters import LORA, merged
 from test_init_from import flat, save
-from trained import config_of, losses, stage, stop_at
+from trained import config_of, losses, stage, train_until
 
 from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.config import NO_ADAPTER
@@ -155,11 +155,9 @@ def test_checkpoints_of_an_adapter_have_its_arrays_alone_and_are_read_with_the_b
     np.testing.assert_allclose(slices, params[q][0] + 4 * np.tensordot(a, b, 1), rtol=1e-6)
 
 
-def test_a_run_that_is_stopped_goes_on_from_the_adapter_and_its_base(run, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_goes_on_from_the_adapter_and_its_base(run, tmp_path):
     folder, c, _ = run
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 2)
-        assert not loop.train(c, str(tmp_path / "run"))
+    train_until(2, c, str(tmp_path / "run"))
     assert loop.train(c, str(tmp_path / "run"))
     assert losses(tmp_path / "run") == losses(folder / "run")
     of = [checkpoint.fingerprint(x / "checkpoints") for x in (tmp_path / "run", folder / "run")]

@@ -8,7 +8,7 @@ from conftest import assert_close, mesh_of, on_mesh, tiny, tool
 from flax.traverse_util import flatten_dict
 from test_low_rank import groups_of, matrix, products
 from test_spikes import poisoned
-from trained import EDGE, NEW_MESH, STEPS, config_of, losses, stage, stop_at
+from trained import EDGE, NEW_MESH, STEPS, config_of, losses, stage, train_until
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -204,11 +204,9 @@ def test_at_full_rank_the_first_loss_after_the_edge_is_that_of_a_dense_run(corpu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [EDGE, EDGE + 1, pytest.param(EDGE - 1, marks=pytest.mark.exhaustive)])
-def test_a_run_that_stops_around_the_edge_ends_as_one_that_does_not(straight, tmp_path, monkeypatch, step):
+def test_a_run_that_stops_around_the_edge_ends_as_one_that_does_not(straight, tmp_path, step):
     workdir, c = straight
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert not loop.train(c, tmp_path)
+    train_until(step, c, tmp_path)
     assert loop.train(c, tmp_path)
     assert ended(tmp_path) == ended(workdir)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REFERENCE, tiny
-from trained import STEPS, config_of, losses, stage, stop_at
+from trained import STEPS, config_of, losses, stage, train_until
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -40,10 +40,8 @@ def straight(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_resumed_run_has_the_losses_of_a_straight_one_bit_for_bit(corpus, straight, tmp_path, monkeypatch, capsys, step):
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert not loop.train(config_of(corpus), tmp_path)
+def test_resumed_run_has_the_losses_of_a_straight_one_bit_for_bit(corpus, straight, tmp_path, capsys, step):
+    train_until(step, config_of(corpus), tmp_path)
     stopped = checkpoint.steps(tmp_path / "checkpoints")[-1]
     assert step <= stopped < STEPS
     assert f"stopped after step {stopped}" in capsys.readouterr().out
@@ -64,7 +62,7 @@ def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straigh
 
 
 @pytest.mark.slow
-def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, monkeypatch, capsys):
+def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, capsys):
     sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
     stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]
     stages[1]["name"] = "extension"
@@ -84,15 +82,13 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
     assert {(x["stage_name"], x["tokens_seen"]) for x in evals} == {("extension", 6 * 384)}
     assert "\nstep 4/6  stage 2/2 extension of 48  loss " in said
     for step in (2, 3):
-        with monkeypatch.context() as patch:
-            stop_at(patch, step)
-            loop.train(c, tmp_path / f"stopped{step}")
+        train_until(step, c, tmp_path / f"stopped{step}")
         assert loop.train(c, tmp_path / f"stopped{step}")
         assert losses(tmp_path / f"stopped{step}") == losses(tmp_path / "straight")
 
 
 @pytest.mark.slow
-def test_a_run_on_synthetic_sequences_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
+def test_a_run_on_synthetic_sequences_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, capsys):
     sources = {"probe": base.source(task="recall", pairs=2), "text": base.source(paths=(corpus,))}
     mixed = stage(STEPS, 48, 8) | {"mixture": {"probe": 0.5, "text": 0.5}}
     c = config_of(corpus, stages=[mixed], **{"data.sources": sources, "evals.lengths": (1.0, 2.0)})
@@ -103,18 +99,14 @@ def test_a_run_on_synthetic_sequences_resumes_and_ends_with_its_share_of_right_a
     assert printed == [("probe", 48, 17), ("probe", 96, 10)]  # nine and five rows, of whose two pairs one is not asked for
     assert all(0 <= line["accuracy"] <= 1 for line in evals if line["eval"] == "recall")
     assert {line["source"] for line in evals if line["eval"] != "recall"} == {"text"}
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert not loop.train(c, tmp_path / "stopped")
+    train_until(2, c, tmp_path / "stopped")
     assert loop.train(c, tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
-def test_a_run_is_evaluated_as_often_as_the_config_says_and_each_time_once(corpus, tmp_path, monkeypatch):
+def test_a_run_is_evaluated_as_often_as_the_config_says_and_each_time_once(corpus, tmp_path):
     c = config_of(corpus, **{"evals.every": 2, "train.log_every": 1})
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert not loop.train(c, tmp_path)
+    train_until(4, c, tmp_path)
     assert loop.train(c, tmp_path)
     evals = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
     whole = [(line["step"], line["loss"]) for line in evals if line["eval"] == "position" and is_total(line)]
@@ -130,9 +122,7 @@ def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_nex
     def with_stages(*stages, sources=sources):
         return config_of(corpus, stages=list(stages), **{"data.sources": sources})
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1)
-        assert not loop.train(with_stages(mixed), tmp_path)
+    train_until(1, with_stages(mixed), tmp_path)
     (done,) = checkpoint.steps(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=rf"mixture.long: 0.5 -> 0.2\n.*stages\[0\].steps={done}"):
         loop.train(with_stages(mixed | {"mixture": {"all": 0.8, "long": 0.2}}), tmp_path)
@@ -226,8 +216,7 @@ def test_a_batch_that_gives_nan_is_skipped_and_who_resumes_without_the_flag_keep
         poisoned_at(patch, 4)
         with pytest.raises(FloatingPointError, match="pass over the batch with --skip_steps=4$"):
             loop.train(config_of(corpus), tmp_path)
-        stop_at(patch, 4)
-        assert not loop.train(config_of(corpus), tmp_path, skip_steps=[(4, 4)])
+        train_until(4, config_of(corpus), tmp_path, skip_steps=[(4, 4)])
     assert checkpoint.read_data(tmp_path / "checkpoints")["skipped_steps"] == [[4, 4]]
     with pytest.raises(ValueError, match="--skip_steps=3:5: the checkpoint of step 4 was trained on steps 3 to 4"):
         loop.train(config_of(corpus), tmp_path, skip_steps=[(3, 5)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny
 from test_processes import ends, start_processes
-from trained import EDGE, STEPS, config_of, config_of_two_meshes, losses, stage, stop_at
+from trained import EDGE, STEPS, config_of, config_of_two_meshes, losses, stage, train_until
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -126,12 +126,10 @@ def of_two_stages(corpus, tmp_path_factory):
 
 
 def test_a_run_that_stops_at_the_edge_of_a_stage_with_another_window_and_microbatches_goes_on_as_a_straight_one(
-    of_two_stages, tmp_path, monkeypatch, capsys
+    of_two_stages, tmp_path, capsys
 ):
     c, straight = of_two_stages
-    with monkeypatch.context() as patch:
-        stop_at(patch, EDGE)
-        assert not loop.train(c, tmp_path)
+    train_until(EDGE, c, tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == EDGE
     assert loop.train(c, tmp_path) and f"step {EDGE} found" in capsys.readouterr().out
     assert losses(tmp_path) == losses(straight) and list(losses(tmp_path)) == [*range(1, STEPS + 1)]
@@ -186,11 +184,9 @@ def test_two_processes_change_the_mesh_at_the_edge_and_resume_there_as_one_proce
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [EDGE, EDGE + 1, pytest.param(EDGE - 1, marks=pytest.mark.exhaustive)])
-def test_a_run_that_stops_around_the_edge_has_the_losses_of_one_that_does_not(straight, tmp_path, monkeypatch, step):
+def test_a_run_that_stops_around_the_edge_has_the_losses_of_one_that_does_not(straight, tmp_path, step):
     workdir, c = straight
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert not loop.train(c, tmp_path)
+    train_until(step, c, tmp_path)
     assert loop.train(c, tmp_path)
     assert losses(tmp_path) == losses(workdir)
 

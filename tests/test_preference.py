@@ -12,7 +12,7 @@ import pytest
 from conftest import BLOCKED, assert_close, batch_of, mesh_of, on_mesh, random_params, tiny
 from flax.traverse_util import flatten_dict
 from prepared import pairs_store
-from trained import losses, stop_at
+from trained import losses, train_until
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -152,7 +152,7 @@ def of_store(store, objective="dpo", stages=({},), **changes):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
-def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(store, tmp_path, capsys, monkeypatch):
+def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(store, tmp_path, capsys):
     first = {"objective": "sft", "preference": None}
     second = {"steps": 6, "trainable": ("periods", "final_norm")}
     changes = {"optim.spike_factor": 3.0, "optim.clip_norm": 1.0, "train.keep": 9}
@@ -165,9 +165,7 @@ def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_re
     assert of_pairs[0]["log_ratio"] == 0 and lines[1]["loss"] != lines[0]["loss"]
     assert of_pairs[-1]["log_ratio"] > 0.1 and of_pairs[-1]["pair_accuracy"] > 0.9
     assert "right" in capsys.readouterr().out
-    stop_at(monkeypatch, 11)
-    assert not loop.train(c, tmp_path / "resumed")
-    monkeypatch.undo()
+    train_until(11, c, tmp_path / "resumed")
     assert loop.train(c, tmp_path / "resumed")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     folder = tmp_path / "straight/checkpoints"

@@ -8,7 +8,7 @@ import signal
 import pytest
 from conftest import tiny
 from prepared import pairs_store
-from trained import losses, stop_at
+from trained import losses, train_until
 
 from configs import base
 from hybrid_attn import checkpoint
@@ -134,9 +134,7 @@ def test_a_run_ends_after_the_turn_keeps_the_checkpoint_before_it_and_decides_th
     tmp_path, capsys, monkeypatch
 ):
     c, left = of_run(tmp_path, monkeypatch, [1.0, 2.0, 1.9, 1.8])
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert not loop.train(c, tmp_path / "run")
+    train_until(4, c, tmp_path / "run")
     for _ in range(2):
         assert loop.train(c, tmp_path / "run")
         last = capsys.readouterr().out.splitlines()[-1]

@@ -5,10 +5,12 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from conftest import ONE_LAYER, tiny
 
 from configs import base
 from hybrid_attn import config
+from hybrid_attn.train import loop
 from hybrid_attn.train.metrics import Metrics
 
 STEPS, EDGE = 6, 3
@@ -46,8 +48,8 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in map(json.loads, lines) if "skipped" not in line}
 
 
-def stop_at(monkeypatch, step):
-    """Has the run ask itself to stop, by the real signal, when it reports `step`."""
+def train_until(step, c, workdir, **arguments):
+    """Trains until the run, when it reports `step`, gets the signal to stop."""
     report = Metrics.advance
 
     def advance(self, number):
@@ -55,4 +57,6 @@ def stop_at(monkeypatch, step):
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Metrics, "advance", advance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "advance", advance)
+        assert not loop.train(c, workdir, **arguments)
