@@ -1,7 +1,7 @@
 """The place of the global layers, and their number at equal bytes of the KV cache of long sequences."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_metrics
-from studies.probe import FARTHEST, LEARNED, METRICS, RECALL
+from studies.probe import COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, RECALL, SHOWN
 
 PLACES = {
     "last": "LLLGLLLG", "first": "GLLLGLLL", "clustered_last": "LLLLLLGG", "clustered_first": "GGLLLLLL",
@@ -15,7 +15,8 @@ STUDY = Study(
     title="Where the global layers stand",
     question="Should global layers come first or last, spread or clustered, and how many, at equal bytes of the KV cache?",
     cells={name: Cell(f"config.py:{layers}") for name, layers in CELLS.items()},
-    metrics=METRICS,
+    metrics=METRICS | COPIES,
+    table=SHOWN,
     learned=LEARNED,
     claims=(
         Claim("Global layers at the end of each period recall more than at its beginning.", "last", "first", FARTHEST),
@@ -23,6 +24,10 @@ STUDY = Study(
         Claim("Two at the end recall more than two at the beginning.", "clustered_last", "clustered_first", FARTHEST),
         Claim("3:1 recalls more than 1:1 at equal bytes.", "last", "1to1", FARTHEST),
         Claim("3:1 recalls more than 7:1 at equal bytes.", "last", "7to1", FARTHEST),
+        Claim("Global layers at the end of each period copy better than at its beginning.", "last", "first", COPIES_FAR),
+        Claim("Spread global layers copy better than two at the end.", "last", "clustered_last", COPIES_FAR),
+        Claim("3:1 copies better than 1:1 at equal bytes.", "last", "1to1", COPIES_FAR),
+        Claim("3:1 copies better than 7:1 at equal bytes.", "last", "7to1", COPIES_FAR),
     ),
     plot=Curves({"place": over_metrics(PLACES, RECALL), "number": over_metrics(("last", *RATIOS), RECALL)},
                 "tokens", "right answers", "share", (64,)),

@@ -1,7 +1,7 @@
 """QK-norm by layer type, with and without weights, and temperatures of the NoPE layer."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells
-from studies.probe import CONFIG, FARTHEST, LEARNED, METRICS, RECALL
+from studies.probe import CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, SHOWN
 
 BASE = f"{CONFIG}:rnope_swa"
 NORMED = {"none": "", "local": "L", "global": "G", "all": "LG"}  # layer types with QK-norm
@@ -40,10 +40,11 @@ STUDY = Study(
     title="QK-norm and temperature of NoPE layers",
     question="Does QK-norm in NoPE layers help or hurt, has it a weight, and does a temperature mend what it hurts?",
     cells=CELLS,
-    metrics=METRICS,
+    metrics=METRICS | COPIES,
+    table=SHOWN,
     learned=LEARNED,
     claims=(
-        Claim("QK-norm with a weight in the NoPE layer makes it recall less.", 
+        Claim("QK-norm with a weight in the NoPE layer makes it recall less.",
               "none_none", "global_weight_none", FARTHEST, True),
         Claim("Without a weight too.", "none_none", "global_weightless_none", FARTHEST, True),
         Claim("A weight is better than none.", "global_weight_none", "global_weightless_none", FARTHEST, True),
@@ -52,7 +53,13 @@ STUDY = Study(
               "global_weightless_log_length", "global_weightless_none", FARTHEST, True),
         Claim("With weightless QK-norm in the NoPE layer, a learned temperature makes it recall more.",
               "global_weightless_learned", "global_weightless_none", FARTHEST, True),
+        Claim("QK-norm with a weight in the NoPE layer makes it copy worse.",
+              "none_none", "global_weight_none", COPIES_FAR, True),
+        Claim("Without a weight too.", "none_none", "global_weightless_none", COPIES_FAR, True),
+        Claim("QK-norm in the local layers makes it copy worse.", "none_none", "local_weight_none", COPIES_FAR, True),
+        Claim("Without QK-norm, log_length makes the NoPE layer copy better.",
+              "none_log_length", "none_none", COPIES_FAR, True),
     ),
-    plot=Curves({f"{weight}, {n:,} tokens": lines(RECALL[n], weight) for n in (64, 1024) for weight in WEIGHTS},
-                "QK-norm in layers", "right answers", "share"),
+    plot=Curves({f"{weight}, {name}": lines(metric, weight) for name, metric in (("recall", FARTHEST), ("copying", COPIES_FAR))
+                 for weight in WEIGHTS}, "QK-norm in layers", "right answers at 1,024 tokens", "share"),
 )  # fmt: skip

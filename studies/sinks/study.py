@@ -3,7 +3,7 @@
 from statistics import fmean
 
 from hybrid_attn.studies import SHARE, Cell, Claim, Curves, Metric, Study, Trained, evaluations, over_cells
-from studies.probe import CONFIG, FARTHEST, LEARNED, METRICS, NEAR
+from studies.probe import CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
 
 BASE = f"{CONFIG}:rnope_swa"
 WINDOWS = (4, 16)
@@ -36,19 +36,19 @@ STUDY = Study(
     question="Do a learned sink or a gate on the output of attention help, and do they take attention off the first token?",
     cells={f"{kind}_{w}": cell(kind, w) for kind in KINDS for w in WINDOWS},
     changes={"evals.names": ("recall", "attention_mass")},
-    metrics={
-        **METRICS,
-        **{x: first_token(n) for n, x in MASS.items()},
-    },
+    metrics=METRICS | COPIES | {x: first_token(n) for n, x in MASS.items()},
+    table=(*SHOWN, *MASS.values()),
     learned=LEARNED,
     claims=(
         Claim("With a window of 16, a sink recalls more than neither.", "sink_16", "neither_16", FARTHEST, True),
         Claim("With a window of 16, a gate recalls more than neither.", "gate_16", "neither_16", FARTHEST, True),
+        Claim("With a window of 16, a sink copies better than neither.", "sink_16", "neither_16", COPIES_FAR, True),
+        Claim("With a window of 16, a gate copies better than neither.", "gate_16", "neither_16", COPIES_FAR, True),
         Claim("A sink takes attention off the first token.", "sink_16", "neither_16", MASS[1024], True),
         Claim("A gate takes attention off the first token.", "gate_16", "neither_16", MASS[1024], True),
         Claim("With a window of 4, a sink helps the model to learn.", "sink_4", "neither_4", NEAR),
         Claim("With a window of 4, a gate helps the model to learn.", "gate_4", "neither_4", NEAR),
     ),
-    plot=Curves({"64 tokens": lines(NEAR), "1,024 tokens": lines(FARTHEST), "first token": lines(MASS[1024])},
-                "window", "share", "share"),
+    plot=Curves({"recall": lines(FARTHEST), "copying": lines(COPIES_FAR), "attention to token 0": lines(MASS[1024])},
+                "window", "share at 1,024 tokens", "share"),
 )  # fmt: skip

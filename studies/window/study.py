@@ -1,7 +1,7 @@
 """How the window of the local layers changes what the global layer recalls, with NoPE and with RoPE in the global layer."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells
-from studies.probe import CONFIG, FARTHEST, LEARNED, METRICS, NEAR
+from studies.probe import CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
 
 GLOBALS = {"NoPE": "rnope_swa", "RoPE": "swa_rope"}
 WINDOWS = (4, 16, 48)
@@ -25,7 +25,8 @@ STUDY = Study(
     title="The window of the local layers",
     question="Does a large window make the global layer lazy, or does a small one make the model weak?",
     cells={name(g, w, t): cell(g, w, t) for g in GLOBALS for t in STEPS for w in WINDOWS},
-    metrics=METRICS,
+    metrics=METRICS | COPIES,
+    table=SHOWN,
     learned=LEARNED,
     claims=(
         Claim("With a NoPE layer, a window of 4 learns less than one of 16.",
@@ -36,6 +37,13 @@ STUDY = Study(
         Claim("With a RoPE layer, a window of 48 recalls less at 16 times the length than one of 16.",
               name("RoPE", 16, "1x"), name("RoPE", 48, "1x"), FARTHEST, True),
         Claim("The same with twice the tokens.", name("RoPE", 16, "2x"), name("RoPE", 48, "2x"), FARTHEST, True),
+        Claim("With a NoPE layer, a window of 48 copies worse at 16 times the length than one of 16.",
+              name("NoPE", 16, "1x"), name("NoPE", 48, "1x"), COPIES_FAR, True),
+        Claim("The same with twice the tokens.", name("NoPE", 16, "2x"), name("NoPE", 48, "2x"), COPIES_FAR, True),
+        Claim("With a NoPE layer, a window of 16 copies worse at 16 times the length than one of 4.",
+              name("NoPE", 4, "1x"), name("NoPE", 16, "1x"), COPIES_FAR, True),
+        Claim("The same with twice the tokens.", name("NoPE", 4, "2x"), name("NoPE", 16, "2x"), COPIES_FAR, True),
     ),
-    plot=Curves({"64 tokens": lines(NEAR), "1,024 tokens": lines(FARTHEST)}, "window", "right answers", "share"),
+    plot=Curves({"recall at 64": lines(NEAR), "recall at 1,024": lines(FARTHEST), "copying at 1,024": lines(COPIES_FAR)},
+                "window", "right answers", "share"),
 )  # fmt: skip
