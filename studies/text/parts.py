@@ -131,7 +131,9 @@ def _needle_grid(axes: "Axes", cell: str, shares: list[list[float]]) -> None:
 
     axes.pcolormesh(np.array(shares), cmap=pictures.SCORES, vmin=0, vmax=1, edgecolors="white")
     for (i, j), value in np.ndenumerate(np.array(shares)):
-        axes.text(j + 0.5, i + 0.5, f"{value:.0%}", ha="center", va="center", fontsize=8)
+        if not np.isnan(value):
+            ink = "black" if 0.2 < value < 0.8 else "white"
+            axes.text(j + 0.5, i + 0.5, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(np.arange(len(LENGTHS)) + 0.5, [tokens(x) for x in LENGTHS])
     axes.set_yticks(np.arange(len(DEPTHS)) + 0.5, [f"{x}%" for x in DEPTHS])
     axes.set(xlabel="length", ylabel="depth", title=f"needles found, {cell}", ylim=(len(DEPTHS), 0))
