@@ -1,7 +1,7 @@
 """Where the positions of a hybrid come from: RoPE in windows, RoPE of part of a head, a short convolution, or nothing."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_metrics
-from studies.probe import APPEARS, CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, NEAR, RECALL, SHOWN
+from studies.probe import APPEARS, CONFIG, COPIES, COPIES_FAR, COPYING, FARTHEST, LEARNED, METRICS, NEAR, RECALL, SHOWN
 
 BASE = f"{CONFIG}:rnope_swa"
 NO_ROPE = {"model.kinds.L.rope_theta": None}
@@ -32,5 +32,6 @@ STUDY = Study(
         Claim("Windows give positions: without RoPE they learn more than full attention does.", "none", "none_full", NEAR),
         Claim("RoPE of a quarter of each head recalls less than RoPE of all.", "rope", "partial_rope", FARTHEST, True),
     ),
-    plot=Curves({"": over_metrics(CELLS, RECALL)}, "tokens", "right answers", "share", (64,)),
+    plot=Curves({"recall": over_metrics(CELLS, RECALL), "copying": over_metrics(CELLS, COPYING)},
+                "tokens", "right answers", "share", (64,)),
 )  # fmt: skip
