@@ -20,6 +20,6 @@ def right(source: str, length: int) -> Metric:
 
 
 METRICS = {x: right("probe", n) for n, x in RECALL.items()} | {APPEARS: stays_below("loss_mean", 0.1)}
-COPIES = {x: right("letters", n) for n, x in COPYING.items()}
+COPY_METRICS = {x: right("letters", n) for n, x in COPYING.items()}
 LEARNED = NEAR, 0.95
 SHOWN = NEAR, FARTHEST, COPYING[64], COPIES_FAR, APPEARS

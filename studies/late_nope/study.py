@@ -1,7 +1,7 @@
 """RoPE in the global layers from the start, dropped late, or never: configs/drope.py asks the same of text."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells
-from studies.probe import COPIES, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
+from studies.probe import COPY_METRICS, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
 
 LAYOUTS = "swa_rope", "rope"
 SHARES = {"0%": 0.0, "50%": 0.5, "80%": 0.8, "95%": 0.95, "never": 1.0}  # of the steps before RoPE is dropped
@@ -12,7 +12,7 @@ STUDY = Study(
     title="NoPE from the start, or RoPE that is dropped late",
     question="Is it better to train layers without positions from the first step, or to drop RoPE late?",
     cells={names[x]: Cell(f"config.py:{layout}-{share}") for layout, names in NAMES.items() for x, share in SHARES.items()},
-    metrics=METRICS | COPIES,
+    metrics=METRICS | COPY_METRICS,
     table=SHOWN,
     learned=LEARNED,
     claims=(

@@ -1,7 +1,7 @@
 """The place of the global layers, and their number at equal bytes of the KV cache of long sequences."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_metrics
-from studies.probe import COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, RECALL, SHOWN
+from studies.probe import COPIES_FAR, COPY_METRICS, FARTHEST, LEARNED, METRICS, RECALL, SHOWN
 
 PLACES = {
     "last": "LLLGLLLG", "first": "GLLLGLLL", "clustered_last": "LLLLLLGG", "clustered_first": "GGLLLLLL",
@@ -15,7 +15,7 @@ STUDY = Study(
     title="Where the global layers stand",
     question="Should global layers come first or last, spread or clustered, and how many, at equal bytes of the KV cache?",
     cells={name: Cell(f"config.py:{layers}") for name, layers in CELLS.items()},
-    metrics=METRICS | COPIES,
+    metrics=METRICS | COPY_METRICS,
     table=SHOWN,
     learned=LEARNED,
     claims=(

@@ -1,7 +1,7 @@
 """Where the positions of a hybrid come from: RoPE in windows, RoPE of part of a head, a short convolution, or nothing."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_metrics
-from studies.probe import APPEARS, CONFIG, COPIES, COPIES_FAR, COPYING, FARTHEST, LEARNED, METRICS, NEAR, RECALL, SHOWN
+from studies.probe import APPEARS, CONFIG, COPIES_FAR, COPY_METRICS, COPYING, FARTHEST, LEARNED, METRICS, NEAR, RECALL, SHOWN
 
 BASE = f"{CONFIG}:rnope_swa"
 NO_ROPE = {"model.kinds.L.rope_theta": None}
@@ -19,7 +19,7 @@ STUDY = Study(
     title="Where positions come from",
     question="Does a hybrid need RoPE in its windows, or does a short convolution, or the edge of the window, do as well?",
     cells={name: Cell(BASE, changes) for name, changes in CELLS.items()},
-    metrics=METRICS | COPIES,
+    metrics=METRICS | COPY_METRICS,
     table=SHOWN,
     learned=LEARNED,
     claims=(

@@ -1,7 +1,7 @@
 """QK-norm by layer type, with and without weights, and temperatures of the NoPE layer."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells
-from studies.probe import CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, SHOWN
+from studies.probe import CONFIG, COPIES_FAR, COPY_METRICS, FARTHEST, LEARNED, METRICS, SHOWN
 
 BASE = f"{CONFIG}:rnope_swa"
 NORMED = {"none": "", "local": "L", "global": "G", "all": "LG"}  # layer types with QK-norm
@@ -40,7 +40,7 @@ STUDY = Study(
     title="QK-norm and temperature of NoPE layers",
     question="Does QK-norm in NoPE layers help or hurt, has it a weight, and does a temperature mend what it hurts?",
     cells=CELLS,
-    metrics=METRICS | COPIES,
+    metrics=METRICS | COPY_METRICS,
     table=SHOWN,
     learned=LEARNED,
     claims=(

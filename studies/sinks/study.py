@@ -3,7 +3,7 @@
 from statistics import fmean
 
 from hybrid_attn.studies import SHARE, Cell, Claim, Curves, Metric, Study, Trained, evaluations, over_cells
-from studies.probe import CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
+from studies.probe import CONFIG, COPIES_FAR, COPY_METRICS, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
 
 BASE = f"{CONFIG}:rnope_swa"
 WINDOWS = (4, 16)
@@ -36,7 +36,7 @@ STUDY = Study(
     question="Do a learned sink or a gate on the output of attention help, and do they take attention off the first token?",
     cells={f"{kind}_{w}": cell(kind, w) for kind in KINDS for w in WINDOWS},
     changes={"evals.names": ("recall", "attention_mass")},
-    metrics=METRICS | COPIES | {x: first_token(n) for n, x in MASS.items()},
+    metrics=METRICS | COPY_METRICS | {x: first_token(n) for n, x in MASS.items()},
     table=(*SHOWN, *MASS.values()),
     learned=LEARNED,
     claims=(

@@ -1,7 +1,7 @@
 """How the window of the local layers changes what the global layer recalls, with NoPE and with RoPE in the global layer."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_cells
-from studies.probe import CONFIG, COPIES, COPIES_FAR, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
+from studies.probe import CONFIG, COPIES_FAR, COPY_METRICS, FARTHEST, LEARNED, METRICS, NEAR, SHOWN
 
 GLOBALS = {"NoPE": "rnope_swa", "RoPE": "swa_rope"}
 WINDOWS = (4, 16, 48)
@@ -25,7 +25,7 @@ STUDY = Study(
     title="The window of the local layers",
     question="Does a large window make the global layer lazy, or does a small one make the model weak?",
     cells={name(g, w, t): cell(g, w, t) for g in GLOBALS for t in STEPS for w in WINDOWS},
-    metrics=METRICS | COPIES,
+    metrics=METRICS | COPY_METRICS,
     table=SHOWN,
     learned=LEARNED,
     claims=(
