@@ -234,6 +234,7 @@ STUDY = Study("Tiny", "Does it run?", {"tiny": Cell("c.py")}, METRICS,
 """
 
 
+@pytest.mark.slow  # the trainer itself, twice
 def test_two_seeds_of_a_tiny_model_are_trained_evaluated_and_shown(folder, monkeypatch):
     root = Path(__file__).parents[1]
     (folder / "study.py").write_text(REAL)
