@@ -16,6 +16,7 @@ COPIES_FAR = COPYING[1024]
 
 
 def right(source: str, length: int) -> Metric:
+    """The share of right answers to the task of a source: `probe` is recall, `letters` is copying."""
     return evaluated("recall", "accuracy", {"source": source, "length": length}, bounds=SHARE)
 
 

@@ -6,6 +6,12 @@ from studies.probe import CONFIG, COPIES_FAR, COPY_METRICS, FARTHEST, LEARNED, M
 GLOBALS = {"NoPE": "rnope_swa", "RoPE": "swa_rope"}
 WINDOWS = (4, 16, 48)
 STEPS = {"1x": 1000, "2x": 2000}  # tokens, as multiples of those of studies/layouts
+ORDERS = (  # that are claimed: global layer, the better window, the worse one, and in what
+    ("NoPE", 16, 48, "recalls less", FARTHEST),
+    ("RoPE", 16, 48, "recalls less", FARTHEST),
+    ("NoPE", 16, 48, "copies worse", COPIES_FAR),
+    ("NoPE", 4, 16, "copies worse", COPIES_FAR),
+)
 
 
 def name(layer: str, window: int, tokens: str) -> str:
@@ -31,18 +37,13 @@ STUDY = Study(
     claims=(
         Claim("With a NoPE layer, a window of 4 learns less than one of 16.",
               name("NoPE", 16, "1x"), name("NoPE", 4, "1x"), NEAR),
-        Claim("With a NoPE layer, a window of 48 recalls less at 16 times the length than one of 16.",
-              name("NoPE", 16, "1x"), name("NoPE", 48, "1x"), FARTHEST),
-        Claim("The same with twice the tokens.", name("NoPE", 16, "2x"), name("NoPE", 48, "2x"), FARTHEST),
-        Claim("With a RoPE layer, a window of 48 recalls less at 16 times the length than one of 16.",
-              name("RoPE", 16, "1x"), name("RoPE", 48, "1x"), FARTHEST),
-        Claim("The same with twice the tokens.", name("RoPE", 16, "2x"), name("RoPE", 48, "2x"), FARTHEST),
-        Claim("With a NoPE layer, a window of 48 copies worse at 16 times the length than one of 16.",
-              name("NoPE", 16, "1x"), name("NoPE", 48, "1x"), COPIES_FAR),
-        Claim("The same with twice the tokens.", name("NoPE", 16, "2x"), name("NoPE", 48, "2x"), COPIES_FAR),
-        Claim("With a NoPE layer, a window of 16 copies worse at 16 times the length than one of 4.",
-              name("NoPE", 4, "1x"), name("NoPE", 16, "1x"), COPIES_FAR),
-        Claim("The same with twice the tokens.", name("NoPE", 4, "2x"), name("NoPE", 16, "2x"), COPIES_FAR),
+        *(
+            Claim(f"With a {layer} layer and {tokens} tokens, a window of {worse} {does} at 16 times the length "
+                  f"than one of {better}.",
+                  name(layer, better, tokens), name(layer, worse, tokens), metric)
+            for layer, better, worse, does, metric in ORDERS
+            for tokens in STEPS
+        ),
     ),
     plot=Curves({"recall at 64": lines(NEAR), "recall at 1,024": lines(FARTHEST), "copying at 1,024": lines(COPIES_FAR)},
                 "window", "right answers", "share"),
