@@ -61,7 +61,7 @@ def test_one_command_goes_from_text_to_a_report_and_goes_on_in_the_middle_of_a_s
                 command, stdout=text, stderr=subprocess.STDOUT, env=env, cwd=tmp_path, start_new_session=True
             )
             try:
-                deadline = time.monotonic() + 240
+                deadline = time.monotonic() + 900
                 while program.poll() is None and time.monotonic() < deadline:
                     if stop_at is not None and metrics.exists() and metrics.read_text().count("\n") >= stop_at:
                         os.killpg(program.pid, signal.SIGINT)

@@ -61,7 +61,7 @@ CASES = [
     slow((1, 1, 1, 8)),
     slow((1, 1, 8, 1), scheme="ring", zigzag=True),
     exhaustive((1, 1, 8, 1), pattern="G", scheme="gather", zigzag=True),
-    Case((1, 1, 8, 1), pattern="L", window=30, zigzag=True),
+    slow((1, 1, 8, 1), pattern="L", window=30, zigzag=True),
     slow((2, 1, 4, 1), pattern="L", window=12, packed=False),
     exhaustive((2, 1, 4, 1), pattern="G", scheme="ulysses", zigzag=True),
     exhaustive((2, 2, 2, 1), scheme="ring"),

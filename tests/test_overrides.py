@@ -125,6 +125,7 @@ def of_two_stages(corpus, tmp_path_factory):
     return c, workdir
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_at_the_edge_of_a_stage_with_another_window_and_microbatches_goes_on_as_a_straight_one(
     of_two_stages, tmp_path, capsys
 ):
@@ -136,6 +137,7 @@ def test_a_run_that_stops_at_the_edge_of_a_stage_with_another_window_and_microba
     assert [loading.saved_of(straight / "checkpoints", x).config.model.kinds["L"].window for x in (EDGE, STEPS)] == [9, 5]
 
 
+@pytest.mark.slow
 def test_stages_already_begun_cannot_change(of_two_stages):
     c, workdir = of_two_stages
     first, second = c.stages

@@ -94,7 +94,7 @@ def test_an_extension_of_a_checkpoint_trains(trained, tmp_path):
     assert list(losses(tmp_path / "longer")) == [1, 2]
 
 
-@pytest.mark.parametrize("type", adapt.TARGETS)
+@pytest.mark.parametrize("type", [pytest.param(x, marks=[pytest.mark.slow] * (x == "molora")) for x in adapt.TARGETS])
 def test_an_adapter_of_a_checkpoint_has_its_model_and_its_batches(type, trained):
     c, saved = (
         config.build(adapt.get_config(f"{type},{trained}")),

@@ -96,22 +96,18 @@ MODEL = tiny({}, L={"window": 5, "rope_theta": 100.0}, G={"qk_norm": "rms", "sin
 FULL = BATCH | {"bytes": np.ones_like(BATCH["weights"])}
 
 
-@pytest.fixture(scope="module")
-def forward():
-    """The statistics of a forward pass on a mesh with and without split sequences, of the same parameters."""
-
-    def measured(sizes):
-        execution = BLOCKED._replace(statistics=True, zigzag=True)
-        with jax.set_mesh(mesh_of(**sizes)):
-            run = jax.jit(lambda *x: of_layers(losses_and_aux(MODEL.model, *x, execution)[2]["statistics"]))
-            return jax.device_get(run(random_params(MODEL.model), on_mesh(FULL)))
-
-    return [measured(sizes) for sizes in MESHES]
+@functools.cache
+def forward(mesh: int):
+    """The statistics of a forward pass on one of `MESHES`, all of the same parameters."""
+    execution = BLOCKED._replace(statistics=True, zigzag=True)
+    with jax.set_mesh(mesh_of(**MESHES[mesh])):
+        run = jax.jit(lambda *x: of_layers(losses_and_aux(MODEL.model, *x, execution)[2]["statistics"]))
+        return jax.device_get(run(random_params(MODEL.model), on_mesh(FULL)))
 
 
 @pytest.mark.slow
-def test_a_mesh_that_splits_sequences_heads_and_the_batch_measures_what_one_device_does(forward):
-    one, eight = forward
+def test_a_mesh_that_splits_sequences_heads_and_the_batch_measures_what_one_device_does():
+    one, eight = forward(0), forward(1)
     assert {name for name in one} == {f"{name}/{letter}" for name in BY_LAYER_TYPE[:5] for letter in "LG"}
     assert one["entropy_bits/G"] > one["entropy_bits/L"] > 0.5 and 0 < one["first_token_share/L"] < 1
     for name, value in one.items():
@@ -158,9 +154,9 @@ def test_norms_are_those_of_the_leaves_of_a_layer_type_and_of_the_step_that_was_
     assert 0 < last["update_norm/embed"] < last["param_norm/embed"]
 
 
-def test_microbatches_have_the_largest_logit_and_the_means_of_the_whole_batch(steps, forward):
+def test_microbatches_have_the_largest_logit_and_the_means_of_the_whole_batch(steps):
     (measured, _), _ = steps
-    for name, value in forward[0].items():
+    for name, value in forward(0).items():
         np.testing.assert_allclose(measured[0]["statistics"][name], value, rtol=2e-5, err_msg=name)
 
 
