@@ -8,6 +8,7 @@ import pytest
 
 from hybrid_attn.studies import page, runs, study
 from hybrid_attn.studies.results import Results, current, read
+from studies.window import pairs_seen
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*/study.py"))
 
@@ -24,6 +25,13 @@ def test_a_study_of_the_repository_builds_and_its_recorded_lines_are_of_its_conf
     if lines:
         assert (folder / page.PLOT).exists()
         assert page.table(counted) in (folder / chosen.page).read_text()
+
+
+def test_the_shares_of_pairs_that_a_window_shows_are_those_of_the_page():
+    text = (STUDIES[0].parents[1] / "window" / "README.md").read_text()
+    near, far = map(pairs_seen.shares, pairs_seen.LENGTHS)
+    assert f"{near[48]:.2f} stand within 48 tokens before the question in sequences of 64 tokens, and {far[48]:.2f} in" in text
+    assert f"A window of 16 shows {near[16]:.2f} of the pairs at 64 tokens" in text
 
 
 ROW = """
