@@ -33,7 +33,9 @@ from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import curves, evaluation, loop, step
 
 # Arrays are tiny here: compiling takes longer than running. Without XLA's fusion emitters, and without the optimisations below,
-# it takes two thirds of the time; what tests start inherits the flag, which later versions of XLA do not know.
+# it takes two thirds of the time. Programs that tests start inherit both: with only one of the two, a step can compile for
+# minutes. Later versions of XLA do not know the flag.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", os.environ.get("TEST_PLATFORM", "cpu"))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(name: str, *args) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, ROOT / "tools" / f"{name}.py", *args], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -116,7 +116,7 @@ def test_a_library_that_is_not_installed_is_named_and_the_others_are_measured(tm
     hidden = "import sys; sys.modules['transformers'] = None; import runpy; sys.argv[0] = 'tools/bench.py'; "
     code = hidden + "runpy.run_path('tools/bench.py', run_name='__main__')"
     flags = [f"--part={part}", "--repeats=1", "--lengths=32", f"--json={tmp_path / 'out.json'}", *options, *changes("LG")]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHON"}  # which `make PYTHON=...` exports
-QUIET = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+QUIET = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 LOCAL = [str(ROOT / "launch/local_processes.sh"), "2", "--", f"--config={ROOT / 'configs/hybrid_8k.py'}"]
 
 

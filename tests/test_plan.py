@@ -22,14 +22,14 @@ GATHERED = S * (CONTEXT - 1) // CONTEXT  # 245,760 tokens
 CONFIG = "--config=configs/hybrid_8k.py"
 NARROW = ["--config.model.d_model=32", "--config.model.d_ff=48", "--config.stages[0].batch=4", "--config.stages[0].seq_len=256"]
 NARROW += ["--config.model.pattern=LG", "--config.model.num_layers=2"]
-QUICK = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CASES = (("auto", False), ("gather", False), ("G=ring", True))
 
 
 @pytest.fixture(scope="module")
 def sent() -> dict[tuple[str, bool], dict[str, float]]:
     """Of each case, tokens whose keys and values a layer receives on each of 16 devices, by "pass letter scheme"."""
-    done = subprocess.run([sys.executable, __file__], env=QUICK, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -61,7 +61,7 @@ def test_a_zigzag_shard_has_two_halos_and_a_ring_receives_as_much_as_a_gather(se
 
 def plan(*arguments):
     command = [sys.executable, "tools/plan.py", CONFIG, *NARROW, *arguments]
-    return subprocess.run(command, env=QUICK, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def sizes(line):

@@ -20,7 +20,7 @@ from hybrid_attn.parallel import launchers, processes
 from hybrid_attn.train import loop
 
 ROOT = Path(__file__).parents[1]
-QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 LAUNCHERS = ("OMPI", "SLURM", "TPU", "MEGASCALE", "KUBERNETES", "JOB_COMPLETION", "GCE", "JAX_COORDINATOR", "CUDA_VISIBLE")
 
 
