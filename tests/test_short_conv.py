@@ -121,7 +121,7 @@ MESHES = [
 @pytest.mark.parametrize("sizes, zigzag", MESHES, ids=str)
 @pytest.mark.parametrize("mixer", ["attention", pytest.param("attention_experts", marks=pytest.mark.slow)])
 def test_loss_and_gradients_of_a_model_are_those_of_one_device(mixer, sizes, zigzag):
-    model = models(**{"model.block": "pre", "model.kinds.G.mixer": mixer, "model.num_layers": 3})[1]
+    model = models(**{"model.block": "pre", "model.kinds.G.mixer": mixer})[1]
     execution = BLOCKED._replace(context=config.Table({"L": "halo", "G": "gather"}), remat=every("layer"), zigzag=zigzag)
 
     def on(mesh, execution):
