@@ -33,9 +33,9 @@ from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import curves, evaluation, loop, step
 
-# Arrays are tiny here: compiling takes longer than running. Without XLA's fusion emitters, in one piece of code, and without the
-# optimisations below, it takes three fifths of the time. Programs that tests start inherit all three: without the emitters and
-# with the optimisations, a step can compile for minutes. Later versions of XLA do not know the first flag.
+# Arrays are tiny here: compiling takes longer than running. In one piece, without most optimisations and XLA's fusion emitters,
+# it takes three fifths of the time. Programs that tests start inherit all of it: without the emitters but with the
+# optimisations, a step can compile for minutes. Later versions of XLA do not know the flag of the emitters.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if jax.__version_info__ < (0, 11):
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -85,6 +85,12 @@ def pytest_configure(config: pytest.Config):
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+
+
+def pytest_sessionfinish():
+    """Looks for garbage once more, and takes the rest out of the search: pytest would look ten times, for some seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_itemcollected(item: pytest.Item):
