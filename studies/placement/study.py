@@ -1,7 +1,7 @@
 """The place of the global layers, and their number at equal bytes of the KV cache of long sequences."""
 
 from hybrid_attn.studies import Cell, Claim, Curves, Study, over_metrics
-from studies.probe import COPIES_FAR, COPY_METRICS, FARTHEST, LEARNED, METRICS, RECALL, SHOWN
+from studies.probe import COPIES_FAR, COPY_METRICS, COPYING, FARTHEST, LEARNED, METRICS, RECALL, SHOWN
 
 PLACES = {
     "last": "LLLGLLLG", "first": "GLLLGLLL", "clustered_last": "LLLLLLGG", "clustered_first": "GGLLLLLL",
@@ -29,6 +29,7 @@ STUDY = Study(
         Claim("3:1 copies better than 1:1 at equal bytes.", "last", "1to1", COPIES_FAR),
         Claim("3:1 copies better than 7:1 at equal bytes.", "last", "7to1", COPIES_FAR),
     ),
-    plot=Curves({"place": over_metrics(PLACES, RECALL), "number": over_metrics(("last", *RATIOS), RECALL)},
+    plot=Curves({"recall by place": over_metrics(PLACES, RECALL), "copying by place": over_metrics(PLACES, COPYING),
+                 "copying by number": over_metrics(("last", *RATIOS), COPYING)},
                 "tokens", "right answers", "share", (64,)),
 )  # fmt: skip
