@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags
 
-from hybrid_attn import config_file, quiet
+from hybrid_attn import allocator, config_file, quiet
 from hybrid_attn.characters import visible
 
 GRACE = 2  # seconds after Ctrl-C in which a program may end by itself
@@ -57,6 +57,7 @@ def run(
     `argv` is what `parse` returns, with at most `arguments` arguments besides flags. `memory_for` says what did not fit if a
     device runs out of memory.
     """
+    allocator.keep_freed_memory()  # before `watch` starts a thread
     logging.getLogger().setLevel(logging.WARNING)
     quiet.silence_libraries()
     ending = threading.Lock()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from hybrid_attn import allocator, compiled, programs
+from hybrid_attn import compiled, programs
 from hybrid_attn.characters import is_utf8, visible
 from hybrid_attn.infer import loading, prompts
 from hybrid_attn.infer.engine import EngineOptions
@@ -156,7 +156,6 @@ def lines() -> Iterator[str]:
 
 
 def chat() -> None:
-    allocator.keep_freed_memory()
     compiled.keep()
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)

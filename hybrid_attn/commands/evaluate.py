@@ -20,8 +20,8 @@ import jax
 import tqdm
 from absl import flags
 
-from hybrid_attn import allocator, compiled, files, programs
 from hybrid_attn import checkpoint as checkpoints
+from hybrid_attn import compiled, files, programs
 from hybrid_attn.data import synthetic
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import haystack, heldout, limits, prompt_set, report, ruler, suite
@@ -322,7 +322,6 @@ def evaluate_all() -> None:
     An error in the config, the tokenizer or the data of any checkpoint comes before the first is measured; parameters are
     loaded when it is their turn.
     """
-    allocator.keep_freed_memory()
     compiled.keep()
     for flag, value in [*(("checkpoint", path) for path in CHECKPOINT.value), ("out", OUT.value)]:
         files.check_named(flag, value, "a directory")

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from hybrid_attn import allocator, compiled, files, programs
+from hybrid_attn import compiled, files, programs
 from hybrid_attn.characters import is_utf8
 from hybrid_attn.infer import loading, prompts
 from hybrid_attn.infer.cache import Compression
@@ -131,7 +131,6 @@ def report(timing: Timing) -> str:
 
 
 def generate() -> None:
-    allocator.keep_freed_memory()
     compiled.keep()
     read = records()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)

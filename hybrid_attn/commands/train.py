@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from hybrid_attn import allocator, config, config_file, programs, trees
+from hybrid_attn import config, config_file, programs, trees
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 config_file.define_last_stage()
@@ -50,7 +50,6 @@ def read_workdir() -> str:
 
 def train() -> None:
     """Trains; slow imports are here, so that `--help` is fast and Ctrl-C during an import ends the program cleanly."""
-    allocator.keep_freed_memory()
     from hybrid_attn import compiled
     from hybrid_attn.evals.provenance import revision
     from hybrid_attn.parallel import processes
