@@ -33,6 +33,9 @@ while "WAIT" in os.environ and not ends:
     time.sleep(0.01)
 if not ends:
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 1.0 + seed}) + "\\n")
+    if "STOP_EVALUATION" not in os.environ:
+        (workdir / "evals" / str(steps)).mkdir(parents=True, exist_ok=True)
+        (workdir / "evals" / str(steps) / "report.html").touch()
 """
 WRITTEN = """
 from hybrid_attn.studies import Cell, Claim, Curves, Study, logged, over_cells, over_metrics
@@ -119,6 +122,14 @@ def test_results_in_another_folder_are_compared_with_those_of_the_study(folder, 
     assert len(lines_of(Path("again"))) == 4
     text = (Path("again") / "README.md").read_text()
     assert text.startswith(f"# Title\n\nQuestion?\n\n{page.BEGIN}\n") and "`python tools/study.py s --out=again`:" in text
+
+
+def test_a_run_that_is_stopped_in_its_evaluation_is_not_recorded_before_it_has_gone_on(folder, capsys, monkeypatch):
+    monkeypatch.setenv("STOP_EVALUATION", "1")
+    code, out, _ = study_of(capsys, "s", "--seeds=1")
+    assert code == 1 and "a seed 0: ended before step 3 was evaluated" in out and not (folder / "results.jsonl").exists()
+    monkeypatch.delenv("STOP_EVALUATION")
+    assert study_of(capsys, "s", "--seeds=1")[0] == 0 and len(lines_of(folder)) == 2
 
 
 def test_stopped_runs_get_one_signal_and_go_on_later(folder, capsys, monkeypatch):

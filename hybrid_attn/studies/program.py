@@ -51,7 +51,7 @@ class Progress:
         run = ended.run
         try:
             check(ended.exit_code == 0, f"exit code {ended.exit_code}")
-            check(runs.is_complete(run), f"ended before step {run.config.total_steps}")
+            check(runs.is_complete(run), f"ended before step {run.config.total_steps} was evaluated")
             self.record(run)
         except (OSError, ValueError) as error:
             if self.interrupted:

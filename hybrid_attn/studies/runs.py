@@ -11,7 +11,7 @@ from hybrid_attn.bench import machine
 from hybrid_attn.files import object_of, read_object
 from hybrid_attn.studies.metrics import Metric, Trained
 from hybrid_attn.studies.study import Study, config_name
-from hybrid_attn.train import curves
+from hybrid_attn.train import curves, evaluation
 from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.metrics import METRICS
 
@@ -89,12 +89,13 @@ def cost(c: config.Config) -> tuple[float, int]:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether the last step of the run is logged; a run that was stopped early may have no line yet."""
-    path = run.workdir / METRICS
+    """Whether the last step of the run is logged and evaluated; a run that was stopped early may have no line yet."""
+    c, path = run.config, run.workdir / METRICS
     try:
-        return curves.read(path)[-1]["step"] == run.config.total_steps
+        is_trained = curves.read(path)[-1]["step"] == c.total_steps
     except (OSError, ValueError):
         return False
+    return is_trained and (not c.evals.names or evaluation.report_in(run.workdir, c.total_steps).exists())
 
 
 def costs(workdir: Path) -> tuple[float | None, dict]:

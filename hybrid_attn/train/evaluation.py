@@ -34,6 +34,11 @@ def check_names(names: Sequence[str]) -> None:
         choice(f"evals.names[{index}]", name, known)
 
 
+def report_in(workdir: str | Path, step: int) -> Path:
+    """The page of the evaluation of a step, which is written when all is measured."""
+    return Path(workdir) / "evals" / str(step) / "report.html"
+
+
 class Evaluations:
     """Runs the evaluations of `c.evals` into evals/STEP of the workdir and the metrics; every process makes the same calls."""
 
@@ -116,7 +121,7 @@ class Evaluations:
 
     def report_of(self, step: int) -> Path | None:
         """The page of the evaluation of a step, if there is one."""
-        path = self.folder / str(step) / "report.html"
+        path = report_in(self.workdir, step)
         return path if path.exists() else None
 
     def is_done(self, step: int) -> bool:
