@@ -34,8 +34,9 @@ while "WAIT" in os.environ and not ends:
 if not ends:
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 1.0 + seed}) + "\\n")
     if "STOP_EVALUATION" not in os.environ:
-        (workdir / "evals" / str(steps)).mkdir(parents=True, exist_ok=True)
-        (workdir / "evals" / str(steps) / "report.html").touch()
+        evaluated = workdir / "evals" / str(steps)
+        evaluated.mkdir(parents=True, exist_ok=True)
+        (evaluated / "report.html").touch()
 """
 WRITTEN = """
 from hybrid_attn.studies import Cell, Claim, Curves, Study, logged, over_cells, over_metrics

@@ -95,7 +95,7 @@ def is_complete(run: Run) -> bool:
         is_trained = curves.read(path)[-1]["step"] == c.total_steps
     except (OSError, ValueError):
         return False
-    return is_trained and (not c.evals.names or evaluation.report_in(run.workdir, c.total_steps).exists())
+    return is_trained and (not evaluation.is_enabled(c) or evaluation.report_in(run.workdir, c.total_steps).exists())
 
 
 def costs(workdir: Path) -> tuple[float | None, dict]:

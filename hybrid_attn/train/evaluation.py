@@ -34,9 +34,19 @@ def check_names(names: Sequence[str]) -> None:
         choice(f"evals.names[{index}]", name, known)
 
 
+def is_enabled(c: config.Config) -> bool:
+    """Whether a run of this config evaluates its checkpoints."""
+    return bool(c.evals.names and c.evals.lengths)
+
+
+def folder_of(workdir: str | Path) -> Path:
+    """The folder of the evaluations of a run: a folder for each step, and the questions."""
+    return Path(workdir) / "evals"
+
+
 def report_in(workdir: str | Path, step: int) -> Path:
     """The page of the evaluation of a step, which is written when all is measured."""
-    return Path(workdir) / "evals" / str(step) / "report.html"
+    return folder_of(workdir) / str(step) / "report.html"
 
 
 class Evaluations:
@@ -53,10 +63,10 @@ class Evaluations:
     ):
         """`executions` and `meshes` are those of each stage, `loaded` the corpora by source. Call `draw_questions` first."""
         self.config, self.executions, self.meshes = c, executions, meshes
-        self.workdir, self.folder = str(workdir), Path(workdir) / "evals"
+        self.workdir, self.folder = str(workdir), folder_of(workdir)
         lengths = tuple(dict.fromkeys(round(multiple * c.at(-1).seq_len) for multiple in c.evals.lengths))
         self.settings = Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)
-        self.enabled = bool(c.evals.names and lengths)
+        self.enabled = is_enabled(c)
         uses_engine = any(EVALS[name].uses_engine for name in c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.at(-1).mixture)}
         texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
