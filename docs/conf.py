@@ -35,10 +35,10 @@ TO_DOCS = re.compile(r"\]\(\.\./\.\./docs/")  # of the page of a study
 
 
 def copy_studies(app) -> None:
-    """Pages and pictures of the studies, in the folders of docs/studies/ that their own have in studies/."""
+    """The files of the studies, in the folders of docs/studies/ that their own have in studies/."""
     copies = DOCS / "studies"
     shutil.rmtree(copies, ignore_errors=True)
-    for path in [*STUDIES.glob("*/*.md"), *STUDIES.glob("*/*.svg")]:
+    for path in filter(Path.is_file, STUDIES.glob("[!_.]*/[!.]*")):  # all files: a page may link to any of them
         copy = copies / path.relative_to(STUDIES)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(TO_DOCS.sub("](../../", path.read_text()))
