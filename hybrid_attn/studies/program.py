@@ -150,7 +150,7 @@ def show(job: Job, current: results.Results, recorded: results.Results) -> None:
     files.write_atomically(picture, plot.svg(current, job.folder.name))
     command = f"python tools/study.py {job.folder}" + ("" if is_own else f" --out={job.out}")
     files.write_atomically(path, page.page(path, current, os.path.relpath(picture, path.parent), command, is_own))
-    print("\n".join(["", page.table(current), "", *page.verdicts(current), "", f"page  {path}"]))
+    print("\n".join(["", page.table(current), "", *page.verdicts(current), "", f"page  {os.path.normpath(path)}"]))
     if not is_own:
         print(compared(current, recorded))
 
